@@ -1,0 +1,3 @@
+//! Everything of subring that touches the host kernel or the hardware.
+
+pub mod world;

@@ -1,0 +1,155 @@
+//! What an engine offers: a host address space that runs guest code until it must leave.
+//!
+//! Every engine (`raw`, later `ring1`) implements [`World`]; the monitor drives nothing else. Addresses are linear
+//! addresses inside the world (0..4 GiB); the shim gives them no meaning.
+
+use bitflags::bitflags;
+
+bitflags! {
+    /// What a mapping in a world allows.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Prot: u8 {
+        /// Data may be read.
+        const READ = 1;
+        /// Data may be written.
+        const WRITE = 2;
+        /// Instructions may be fetched.
+        const EXEC = 4;
+    }
+}
+
+/// A linear address inside a world (0..4 GiB).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct WorldLin(pub u32);
+
+/// What a mapping shows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Backing {
+    /// Guest RAM at this byte offset of the RAM memory object.
+    Ram(u64),
+    /// Code memory (code-view pages and trampolines) at this byte offset.
+    Code(u64),
+    /// The vCPU page of this world (offset 0 only).
+    Vcpu,
+}
+
+/// General registers and selectors exactly as the hardware holds them when a world starts or stops running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct HwRegs {
+    /// EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI (encoding order).
+    pub gpr: [u32; 8],
+    /// Instruction pointer, relative to the CS base.
+    pub eip: u32,
+    /// Flags as the hardware has them.
+    pub eflags: u32,
+    /// ES, CS, SS, DS, FS, GS (encoding order), host selectors.
+    pub sel: [u16; 6],
+}
+
+/// Why a world stopped running guest code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WorldExit {
+    /// The CPU raised an exception on guest code, at `HwRegs::eip`.
+    Fault {
+        /// Exception vector, 0..=31.
+        vector: u8,
+        /// The error code pushed by the CPU (0 where it pushes none).
+        error_code: u32,
+        /// CR2 for vector 14, else 0.
+        cr2: u32,
+    },
+    /// A trampoline went through the gate; the word it left at `GATE_REASON`.
+    Gate {
+        /// The trampoline's reason word, unchecked.
+        reason: u32,
+    },
+    /// Guest code executed a host system call instruction (`int 80h`, `sysenter`, `syscall`); EIP is *after* it.
+    Syscall,
+    /// Somebody called [`Kicker::kick`].
+    Kick,
+}
+
+/// A segment descriptor to install in a world's LDT, always DPL 3 and present.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct HostSegment {
+    /// Linear base.
+    pub base: u32,
+    /// Limit in units of the granularity (20 bits).
+    pub limit: u32,
+    /// Limit counts 4 KiB pages.
+    pub limit_in_pages: bool,
+    /// Code segment (readable) if true, data otherwise.
+    pub code: bool,
+    /// 32-bit default size (D/B).
+    pub big: bool,
+    /// Data only: expand-down.
+    pub expand_down: bool,
+    /// Data only: writable. Code: readable.
+    pub rw: bool,
+}
+
+/// Interrupts a running world from another thread.
+pub trait Kicker: Send + Sync {
+    /// Makes the world leave guest code with [`WorldExit::Kick`] soon, or at its next start if it is not running.
+    fn kick(&self);
+}
+
+/// A host address space that runs guest code.
+///
+/// `map`, `unmap`, `protect` and `set_segment` queue commands that take effect, in order, before the next guest
+/// instruction runs. Lengths and addresses are multiples of 4096.
+pub trait World {
+    /// Runs guest code from `regs` until an exit; `regs` is then the state at the exit.
+    fn run(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError>;
+    /// Maps `len` bytes of `backing` at `at`, replacing what was there.
+    fn map(&mut self, at: WorldLin, len: u32, backing: Backing, prot: Prot) -> Result<(), WorldError>;
+    /// Removes whatever is mapped in the range. `len` 0 with `at` 0 means all of 0..4 GiB.
+    fn unmap(&mut self, at: WorldLin, len: u32) -> Result<(), WorldError>;
+    /// Changes the protection of an existing mapping.
+    fn protect(&mut self, at: WorldLin, len: u32, prot: Prot) -> Result<(), WorldError>;
+    /// Installs a descriptor in LDT slot `slot` (its selector is `slot << 3 | 7`).
+    fn set_segment(&mut self, slot: u16, segment: HostSegment) -> Result<(), WorldError>;
+    /// The guest's x87/MMX/SSE state as FXSAVE64 keeps it, valid while the world is stopped. What is written here is
+    /// loaded at the next start; reserved MXCSR bits are cleared first.
+    fn fpu(&mut self) -> &mut [u8; 512];
+    /// Reads a u32 of the vCPU page.
+    fn vcpu_read(&self, offset: u32) -> u32;
+    /// Writes a u32 of the vCPU page.
+    fn vcpu_write(&mut self, offset: u32, value: u32);
+    /// Places the gate stub (one page, 64-bit code reached by `GATE`) and the vCPU page, which the stub uses, at these
+    /// linear addresses. Must be called before the first run of a world whose trampolines use the gate.
+    fn place_gate(&mut self, stub: WorldLin, vcpu: WorldLin) -> Result<(), WorldError>;
+    /// A handle to interrupt this world.
+    fn kicker(&self) -> std::sync::Arc<dyn Kicker>;
+}
+
+/// What can go wrong with a world. None of it is the guest's to see.
+#[derive(Debug, thiserror::Error)]
+pub enum WorldError {
+    /// The world process ended (a guest that broke out can kill its own world).
+    #[error("the world process died: {0}")]
+    Died(String),
+    /// The world could not carry out a mapping command.
+    #[error("the host refused a mapping at {at:#010x} (+{len:#x}): {why}")]
+    Map {
+        /// Where.
+        at: u32,
+        /// How much.
+        len: u32,
+        /// The host's reason.
+        why: String,
+    },
+    /// The state given to `run` cannot be loaded (bad selector).
+    #[error("the world cannot load that state: {0}")]
+    BadState(String),
+    /// A host call failed.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}

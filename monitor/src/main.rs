@@ -1,0 +1,3 @@
+//! The `subring` command.
+
+fn main() {}
