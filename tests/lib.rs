@@ -1,1 +1,4 @@
 //! Helpers shared by the behaviour tests.
+
+pub mod cpio;
+pub mod initramfs;
