@@ -1,10 +1,18 @@
 //! subring's monitor: everything between the command line and the host-driver shim.
 
+pub mod account;
+pub mod builtin;
+pub mod cli;
+pub mod config;
 pub mod cpum;
+pub mod debug;
 pub mod env;
 pub mod interp;
+pub mod outcome;
+pub mod paint;
 pub mod selm;
 pub mod trap;
 pub mod trpm;
+pub mod vm;
 
 pub use csam::{GuestLin, GuestPhys};

@@ -1,0 +1,3 @@
+//! Looking into a running guest.
+
+pub mod console;
