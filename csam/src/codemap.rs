@@ -121,9 +121,13 @@ impl PageBits {
 
     /// The offsets in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        let mut from = 0;
+        self.range(0, PAGE as usize)
+    }
+
+    /// The offsets in `[from, end)` in ascending order.
+    pub fn range(&self, mut from: usize, end: usize) -> impl Iterator<Item = usize> + '_ {
         core::iter::from_fn(move || {
-            let found = self.next(from)?;
+            let found = self.next(from).filter(|found| *found < end)?;
             from = found + 1;
             Some(found)
         })
@@ -289,67 +293,30 @@ impl CodeMap {
 
     /// The known instructions that start in `[lo, hi)`, ascending, with their lengths. Nothing when `hi <= lo`.
     pub fn instructions_in(&self, lo: GuestLin, hi: GuestLin) -> impl Iterator<Item = (GuestLin, u8)> + '_ {
-        let last_page = if hi > lo { hi.0.wrapping_sub(1) >> 12 } else { 0 };
-        let pages = if hi > lo { lo.page_number()..last_page + 1 } else { 0..0 };
-        self.index
-            .range(pages)
-            .flat_map(move |(page, slot)| {
-                let record = self.records.get(*slot);
-                let base = page << 12;
-                record.into_iter().flat_map(move |record| {
-                    record.starts.iter().map(move |offset| {
-                        // An offset is below 4096.
-                        (GuestLin(base | offset as u32), record.lengths.get(offset))
-                    })
-                })
-            })
-            .skip_while(move |(at, _)| *at < lo)
-            .take_while(move |(at, _)| *at < hi)
+        self.starts_in(u64::from(lo.0), u64::from(hi.0))
     }
 
     /// The known instructions that share a byte with `[lo, hi)`, ascending, with their lengths.
     #[must_use]
     pub fn overlapping(&self, lo: GuestLin, hi: GuestLin) -> Vec<(GuestLin, u8)> {
-        let from = GuestLin(lo.0.saturating_sub(MAX_INSTRUCTION - 1));
-        self.instructions_in(from, hi)
-            .filter(|(at, len)| at.0.saturating_add(u32::from(*len)) > lo.0)
-            .collect()
+        self.overlapping_span(u64::from(lo.0), u64::from(hi.0))
     }
 
-    /// The bytes in `[lo, hi)` changed: forgets every instruction that shares a byte with the span and returns their
-    /// starts in ascending order, so that their patches can be undone and just these be scanned again. Targets stay.
+    /// The bytes in `[lo, hi)` changed: forgets every instruction that shares a byte with the span, and every
+    /// undecodable address that may have. Returns all of these in ascending order, so that their patches can be
+    /// undone and just these be decoded again. Targets stay.
+    ///
+    /// What comes back were instructions; whether they still are only execution tells. Scanning from one that
+    /// became the middle of something else would prove bytes that are no code, so scan again from those that
+    /// execution reaches.
     pub fn forget_span(&mut self, lo: GuestLin, hi: GuestLin) -> Vec<GuestLin> {
-        let forgotten = self.overlapping(lo, hi);
-        let reach = lo.0.saturating_sub(MAX_INSTRUCTION - 1);
-        if hi > lo {
-            let stale: Vec<_> = self.undecodable.range(GuestLin(reach)..hi).copied().collect();
-            for at in stale {
-                self.undecodable.remove(&at);
-            }
-        }
-        let (Some(first), Some(last)) = (forgotten.first(), forgotten.last()) else { return Vec::new() };
-        for (at, _) in &forgotten {
-            self.remove_start(*at);
-        }
-        // A byte stays proven where another instruction that stays covers it.
-        let end = last.0.0.saturating_add(MAX_INSTRUCTION);
-        for byte in first.0.0..end {
-            self.set_proven(GuestLin(byte), false);
-        }
-        for (at, len) in self.overlapping(first.0, GuestLin(end)) {
-            for byte in 0..u32::from(len) {
-                self.set_proven(at.wrapping_add(byte), true);
-            }
-        }
-        forgotten.into_iter().map(|(at, _)| at).collect()
+        self.forget(u64::from(lo.0), u64::from(hi.0))
     }
 
-    /// Forgets every instruction that has a byte in the page (by number) and returns their starts. Targets stay.
+    /// Forgets every instruction that has a byte in the page (by number), as [`CodeMap::forget_span`] does.
     pub fn forget_page(&mut self, page: u32) -> Vec<GuestLin> {
-        let lo = GuestLin(page.wrapping_shl(12));
-        // The end of the last page is not an address: it keeps its last byte only through an instruction that
-        // wraps, and then that instruction starts before.
-        let forgotten = self.forget_span(lo, GuestLin(lo.0.saturating_add(PAGE)));
+        let lo = u64::from(page & 0xf_ffff) << 12;
+        let forgotten = self.forget(lo, lo + u64::from(PAGE));
         if self.page(page).is_some_and(|record| *record == PageRecord::default()) {
             if let Some(slot) = self.index.remove(&page) {
                 self.free.push(slot);
@@ -357,6 +324,65 @@ impl CodeMap {
             self.last = None;
         }
         forgotten
+    }
+
+    // Spans in here are 64 bits wide because the end of the last page is no 32-bit address.
+
+    fn starts_in(&self, lo: u64, hi: u64) -> impl Iterator<Item = (GuestLin, u8)> + '_ {
+        let pages = if hi > lo { (lo >> 12) as u32..((hi - 1) >> 12) as u32 + 1 } else { 0..0 };
+        self.index.range(pages).flat_map(move |(page, slot)| {
+            let base = page << 12;
+            self.records.get(*slot).into_iter().flat_map(move |record| {
+                // The part of this page that is asked for, so that a small span does not walk the page.
+                let from = lo.saturating_sub(u64::from(base)) as usize;
+                let end = (hi - u64::from(base)).min(u64::from(PAGE)) as usize;
+                record
+                    .starts
+                    .range(from, end)
+                    .map(move |offset| (GuestLin(base | offset as u32), record.lengths.get(offset)))
+            })
+        })
+    }
+
+    fn overlapping_span(&self, lo: u64, hi: u64) -> Vec<(GuestLin, u8)> {
+        let from = lo.saturating_sub(u64::from(MAX_INSTRUCTION - 1));
+        let ends_after = |at: GuestLin, len: u8| u64::from(at.0) + u64::from(len) > lo;
+        if hi <= lo {
+            return Vec::new();
+        }
+        self.starts_in(from, hi).filter(|(at, len)| ends_after(*at, *len)).collect()
+    }
+
+    fn forget(&mut self, lo: u64, hi: u64) -> Vec<GuestLin> {
+        let gone = self.overlapping_span(lo, hi);
+        for (at, _) in &gone {
+            self.remove_start(*at);
+        }
+        if let (Some((first, _)), Some((last, last_len))) = (gone.first(), gone.last()) {
+            // A byte stays proven where an instruction that stays covers it.
+            let end = gone.iter().map(|(at, len)| u64::from(at.0) + u64::from(*len)).max();
+            let end = end.unwrap_or(u64::from(last.0) + u64::from(*last_len));
+            for byte in u64::from(first.0)..end {
+                self.set_proven(GuestLin(byte as u32), false);
+            }
+            for (at, len) in self.overlapping_span(u64::from(first.0), end) {
+                for byte in 0..u32::from(len) {
+                    self.set_proven(at.wrapping_add(byte), true);
+                }
+            }
+        }
+        let mut gone: Vec<_> = gone.into_iter().map(|(at, _)| at).collect();
+        if hi > lo {
+            let from = lo.saturating_sub(u64::from(MAX_INSTRUCTION - 1)) as u32;
+            let stale = self.undecodable.range(GuestLin(from)..=GuestLin((hi - 1) as u32));
+            let stale: Vec<_> = stale.copied().collect();
+            for at in &stale {
+                self.undecodable.remove(at);
+            }
+            gone.extend(stale);
+            gone.sort_unstable();
+        }
+        gone
     }
 
     /// Forgets everything, targets too.
@@ -436,5 +462,69 @@ impl CodeMap {
         };
         self.last = Some((page, slot));
         &mut self.records[slot]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map_of(instructions: &[(u32, u8)]) -> CodeMap {
+        let mut map = CodeMap::new(CodeSize::Bits32);
+        for (at, len) in instructions {
+            map.add_instruction(GuestLin(*at), *len, None);
+        }
+        map
+    }
+
+    #[test]
+    fn an_instruction_across_a_page_starts_in_the_first_and_proves_bytes_in_both() {
+        let map = map_of(&[(0x1ffe, 5)]);
+        assert_eq!(map.page(1).unwrap().starts.count(), 1);
+        assert_eq!(map.page(2).unwrap().starts.count(), 0);
+        assert_eq!(map.page(1).unwrap().proven.count(), 2);
+        assert_eq!(map.page(2).unwrap().proven.count(), 3);
+    }
+
+    #[test]
+    fn a_span_takes_the_instructions_that_reach_into_it_and_no_other() {
+        let mut map = map_of(&[(0x1000, 1), (0x1001, 5), (0x1006, 2), (0x1008, 1)]);
+        assert_eq!(map.forget_span(GuestLin(0x1005), GuestLin(0x1007)), [GuestLin(0x1001), GuestLin(0x1006)]);
+        assert!(map.proven(GuestLin(0x1000)) && map.proven(GuestLin(0x1008)));
+        assert!((0x1001..0x1008).all(|at| !map.proven(GuestLin(at))));
+        assert_eq!(map.instruction_count(), 2);
+    }
+
+    #[test]
+    fn bytes_of_an_overlapping_instruction_that_stays_stay_proven() {
+        // 1003 changes: the 5-byte instruction goes, the 2-byte one inside it does not.
+        let mut map = map_of(&[(0x1000, 5), (0x1001, 2)]);
+        assert_eq!(map.forget_span(GuestLin(0x1003), GuestLin(0x1004)), [GuestLin(0x1000)]);
+        assert!(!map.proven(GuestLin(0x1000)) && !map.proven(GuestLin(0x1004)));
+        assert!(map.proven(GuestLin(0x1001)) && map.proven(GuestLin(0x1002)));
+    }
+
+    #[test]
+    fn the_last_page_is_forgotten_to_its_last_byte() {
+        let mut map = map_of(&[(0xffff_ffff, 1)]);
+        assert_eq!(map.forget_page(0xf_ffff), [GuestLin(0xffff_ffff)]);
+        assert_eq!(map.pages().count(), 0);
+    }
+
+    #[test]
+    fn a_forgotten_page_keeps_its_targets() {
+        let mut map = map_of(&[(0x1000, 1)]);
+        map.add_target(GuestLin(0x1000));
+        map.forget_page(1);
+        assert!(map.is_target(GuestLin(0x1000)) && !map.is_instruction_start(GuestLin(0x1000)));
+    }
+
+    #[test]
+    fn lengths_of_neighbours_do_not_mix() {
+        let map = map_of(&[(0x1000, 15), (0x1001, 1), (0x1002, 7)]);
+        let lengths: Vec<_> = map.instructions_in(GuestLin(0x1000), GuestLin(0x1002)).collect();
+        assert_eq!(lengths, [(GuestLin(0x1000), 15), (GuestLin(0x1001), 1)]);
+        assert_eq!(map.instruction_length(GuestLin(0x1002)), Some(7));
+        assert_eq!(map.instruction_length(GuestLin(0x1003)), None);
     }
 }

@@ -271,6 +271,11 @@ impl Scan<'_> {
                 return self.undecodable(at);
             }
             let next = at.wrapping_add(instruction.len() as u32);
+            if next.0 < at.0 && next.0 != 0 {
+                // Nothing executes across the top of the address space (SDM Vol. 3A, 5.3).
+                self.report.unreadable.push(at);
+                return Ran::PathEnded;
+            }
             self.add(at, next, &instruction);
             match Flow::of(&instruction, cs_base) {
                 Flow::Next => {}
@@ -292,6 +297,9 @@ impl Scan<'_> {
                 }
                 Flow::CallUnknown => self.target(next),
                 Flow::Unknown | Flow::Stops => return Ran::PathEnded,
+            }
+            if next.0 == 0 {
+                return Ran::PathEnded;
             }
             if left {
                 return Ran::LeftWindow(next);
@@ -361,5 +369,279 @@ fn decode_alone(
     match decoder.last_error() {
         DecoderError::None => Ok(instruction),
         error => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CodeSize, SensitiveKind};
+    use alloc::vec;
+    use proptest::prelude::*;
+
+    const BASE: GuestLin = GuestLin(0x0010_0000);
+
+    fn scan_at(base: GuestLin, bytes: &[u8], options: &ScanOptions) -> (CodeMap, ScanReport) {
+        let mut map = CodeMap::new(CodeSize::Bits32);
+        let report = map.scan(base, &mut SliceSource { base, bytes }, options);
+        (map, report)
+    }
+
+    fn scan(bytes: &[u8]) -> (CodeMap, ScanReport) {
+        scan_at(BASE, bytes, &ScanOptions::default())
+    }
+
+    fn at(offset: u32) -> GuestLin {
+        BASE.wrapping_add(offset)
+    }
+
+    #[test]
+    fn both_sides_of_a_conditional_jump_are_scanned() {
+        // je +2; cli; ret; sti; ret
+        let (map, report) = scan(&[0x74, 0x02, 0xfa, 0xc3, 0xfb, 0xc3]);
+        let kinds: Vec<_> = map.sites().map(|site| (site.at, site.kind)).collect();
+        assert_eq!(kinds, [(at(2), SensitiveKind::Cli), (at(4), SensitiveKind::Sti)]);
+        assert!(map.is_target(at(4)) && !map.is_target(at(2)));
+        assert_eq!(report.targets, [at(0), at(4)]);
+    }
+
+    #[test]
+    fn what_follows_a_jump_is_not_code_until_something_leads_there() {
+        // jmp +1; cli; ret
+        let (map, _) = scan(&[0xeb, 0x01, 0xfa, 0xc3]);
+        assert!(!map.proven(at(2)) && map.proven(at(3)));
+    }
+
+    #[test]
+    fn a_call_is_followed_and_its_return_point_is_a_target() {
+        // call +1; ret; cli; ret
+        let bytes = [0xe8, 1, 0, 0, 0, 0xc3, 0xfa, 0xc3];
+        let (map, _) = scan(&bytes);
+        assert!(map.is_target(at(5)) && map.is_target(at(6)) && map.site_at(at(6)).is_some());
+        let stay = ScanOptions { follow_calls: false, ..ScanOptions::default() };
+        let (map, _) = scan_at(BASE, &bytes, &stay);
+        assert!(map.is_target(at(6)) && !map.is_instruction_start(at(6)) && map.is_instruction_start(at(5)));
+    }
+
+    #[test]
+    fn a_breakpoint_ends_the_path_and_hlt_does_not() {
+        let (map, _) = scan(&[0xf4, 0xcc, 0xfa]);
+        assert!(map.is_instruction_start(at(1)) && !map.proven(at(2)));
+    }
+
+    #[test]
+    fn a_jump_into_an_instruction_keeps_both_readings() {
+        // je +1; lock inc dword [eax]; ret
+        let (map, _) = scan(&[0x74, 0x01, 0xf0, 0xff, 0x00, 0xc3]);
+        assert_eq!(map.instruction_length(at(2)), Some(3));
+        assert_eq!(map.instruction_length(at(3)), Some(2));
+    }
+
+    #[test]
+    fn an_instruction_across_two_pages_is_read_from_both() {
+        let start = GuestLin(0x1fff);
+        let (map, report) = scan_at(start, &[0x0f, 0x22, 0xd8, 0xc3], &ScanOptions::default()); // mov cr3, eax; ret
+        assert_eq!(map.site_at(start).map(|site| site.kind), Some(SensitiveKind::MovToCr));
+        assert_eq!(report.pages, [1, 2]);
+        assert!(map.is_instruction_start(GuestLin(0x2002)));
+    }
+
+    #[test]
+    fn an_instruction_whose_second_page_is_missing_is_unreadable_not_undecodable() {
+        let (map, report) = scan_at(GuestLin(0x1ffe), &[0x0f, 0x22], &ScanOptions::default());
+        assert_eq!((report.unreadable, report.undecodable), (vec![GuestLin(0x1ffe)], vec![]));
+        assert_eq!(map.instruction_count(), 0);
+    }
+
+    #[test]
+    fn bytes_that_are_no_instruction_are_reported_where_they_are() {
+        let (map, report) = scan(&[0x90, 0x0f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+        let (map2, report2) = scan(&[0x90, 0xc5, 0xf8, 0x77, 0x90, 0x90, 0x90, 0x90]); // vzeroupper
+        assert!(report.undecodable.is_empty(), "ud0 is an instruction");
+        assert_eq!(report2.undecodable, [at(1)]);
+        assert_eq!(map2.undecodable().collect::<Vec<_>>(), [at(1)]);
+        assert!(map.undecodable().next().is_none());
+    }
+
+    #[test]
+    fn a_budget_leaves_the_rest_for_the_next_scan() {
+        let bytes = [0x90, 0x74, 0x01, 0xc3, 0xfa, 0xc3];
+        let mut map = CodeMap::new(CodeSize::Bits32);
+        let mut source = SliceSource { base: BASE, bytes: &bytes };
+        let one = ScanOptions { budget: 2, ..ScanOptions::default() };
+        let report = map.scan(BASE, &mut source, &one);
+        assert_eq!(report.unfinished, [at(3), at(4)]);
+        map.scan_all(&report.unfinished, &mut source, &ScanOptions { entry_is_target: false, ..one.clone() });
+        map.scan_all(&[at(5)], &mut source, &ScanOptions { entry_is_target: false, ..one });
+        let (whole, _) = scan(&bytes);
+        assert!(whole.pages().eq(map.pages()));
+    }
+
+    #[test]
+    fn a_range_is_not_left() {
+        let options = ScanOptions { range: Some(at(0)..at(2)), ..ScanOptions::default() };
+        let (map, _) = scan_at(BASE, &[0x90, 0x90, 0x90], &options);
+        assert_eq!(map.instruction_count(), 2);
+    }
+
+    #[test]
+    fn a_known_address_ends_a_second_scan_at_once() {
+        let bytes = [0x90, 0xfa, 0xc3];
+        let (mut map, _) = scan(&bytes);
+        let again = map.scan(BASE, &mut SliceSource { base: BASE, bytes: &bytes }, &ScanOptions::default());
+        assert_eq!(again, ScanReport::default());
+    }
+
+    #[test]
+    fn sixteen_bit_code_decodes_in_its_own_size_and_wraps_in_its_segment() {
+        // At F000:FFF0 the reset vector: jmp F000:E05B is far; use a near jump backwards: jmp $-0x100.
+        let base = GuestLin(0xf_0000);
+        let mut bytes = vec![0x90; 0x1_0000];
+        bytes[0xfff0..0xfff3].copy_from_slice(&[0xe9, 0x0d, 0x00]); // to offset 0 by wrapping
+        bytes[0] = 0xfa;
+        bytes[1] = 0xc3;
+        let mut map = CodeMap::new(CodeSize::Bits16);
+        let options = ScanOptions { cs_base: 0xf_0000, ..ScanOptions::default() };
+        map.scan(GuestLin(0xf_fff0), &mut SliceSource { base, bytes: &bytes }, &options);
+        assert_eq!(map.instruction_length(GuestLin(0xf_fff0)), Some(3));
+        assert!(map.site_at(base).is_some());
+    }
+
+    #[test]
+    fn nothing_is_scanned_across_the_top_of_the_address_space() {
+        let (map, report) = scan_at(GuestLin(0xffff_fffe), &[0x90, 0x0f], &ScanOptions::default());
+        assert_eq!(map.instruction_count(), 1);
+        assert_eq!(report.unreadable, [GuestLin(0xffff_ffff)]);
+        let (map, _) = scan_at(GuestLin(0xffff_ffff), &[0x90], &ScanOptions::default());
+        assert_eq!(map.instruction_count(), 1);
+    }
+
+    /// Instructions without a flow of their own, and what the table should say.
+    fn straight() -> impl Strategy<Value = (Vec<u8>, Option<SensitiveKind>)> {
+        use SensitiveKind as K;
+        prop::sample::select(vec![
+            (vec![0x90], None),
+            (vec![0x89, 0xc8], None),
+            (vec![0xb8, 0xfa, 0xfb, 0x9c, 0x9d], None),
+            (vec![0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0], None),
+            (vec![0xfa], Some(K::Cli)),
+            (vec![0x9c], Some(K::Pushf)),
+            (vec![0x66, 0x9d], Some(K::Popf)),
+            (vec![0x0f, 0x20, 0xc0], Some(K::MovFromCr)),
+            (vec![0x0f, 0x01, 0x15, 0xfa, 0xfa, 0xfa, 0xfa], Some(K::Lgdt)),
+            (vec![0x65, 0x8e, 0x05, 0, 0, 0, 0], Some(K::MovToSreg)),
+            (vec![0xcd, 0x80], Some(K::Int)),
+            (vec![0xf3, 0x6c], Some(K::StringIn)),
+        ])
+    }
+
+    proptest! {
+        #[test]
+        fn every_sensitive_instruction_of_a_straight_line_is_found(
+            program in prop::collection::vec(straight(), 0..40),
+            base in prop::sample::select(vec![0x1000_u32, 0x1fff, 0x2fe0, 0xfff0_0ff3]),
+        ) {
+            let mut bytes = Vec::new();
+            let mut expected = Vec::new();
+            for (code, kind) in &program {
+                let at = GuestLin(base).wrapping_add(bytes.len() as u32);
+                expected.extend(kind.map(|kind| (at, code.len() as u8, kind)));
+                bytes.extend(code);
+            }
+            bytes.push(0xc3);
+            let (map, report) = scan_at(GuestLin(base), &bytes, &ScanOptions::default());
+            let found: Vec<_> = map.sites().map(|site| (site.at, site.len, site.kind)).collect();
+            prop_assert_eq!(found, expected);
+            prop_assert_eq!(report.instructions.len(), program.len() + 1);
+        }
+
+        #[test]
+        fn any_bytes_give_a_map_that_agrees_with_them(
+            bytes in prop::collection::vec(any::<u8>(), 0..600),
+            base in prop::sample::select(vec![0_u32, 0xf00, 0xffff_ff00]),
+            entry in 0_u32..600,
+            wide in any::<bool>(),
+        ) {
+            let size = if wide { CodeSize::Bits32 } else { CodeSize::Bits16 };
+            let mut map = CodeMap::new(size);
+            let mut source = SliceSource { base: GuestLin(base), bytes: &bytes };
+            map.scan(GuestLin(base.wrapping_add(entry)), &mut source, &ScanOptions::default());
+            check(&map, &mut source)?;
+        }
+
+        #[test]
+        fn forgetting_and_scanning_again_changes_nothing_when_the_bytes_did_not(
+            bytes in prop::collection::vec(any::<u8>(), 64..400),
+            lo in 0_u32..400,
+            len in 0_u32..32,
+        ) {
+            let base = GuestLin(0x1f80);
+            let (mut map, _) = scan_at(base, &bytes, &ScanOptions::default());
+            let before = map.clone();
+            let mut source = SliceSource { base, bytes: &bytes };
+            let forgotten = map.forget_span(base.wrapping_add(lo), base.wrapping_add(lo + len));
+            check(&map, &mut source)?;
+            let options = ScanOptions { entry_is_target: false, ..ScanOptions::default() };
+            map.scan_all(&forgotten, &mut source, &options);
+            prop_assert!(before.pages().eq(map.pages()));
+            prop_assert!(before.undecodable().eq(map.undecodable()));
+        }
+
+        #[test]
+        fn after_a_change_the_map_agrees_with_the_new_bytes_and_knows_all_a_fresh_scan_finds(
+            bytes in prop::collection::vec(any::<u8>(), 64..400),
+            patch in prop::collection::vec(any::<u8>(), 1..16),
+            place in 0_usize..384,
+        ) {
+            let base = GuestLin(0x1f80);
+            // So that running into the end of the bytes is not what differs.
+            let mut bytes = bytes;
+            bytes.extend([0xcc; 16]);
+            let (mut map, _) = scan_at(base, &bytes, &ScanOptions::default());
+            let place = place.min(bytes.len() - patch.len());
+            bytes[place..place + patch.len()].copy_from_slice(&patch);
+            let lo = base.wrapping_add(place as u32);
+            let forgotten = map.forget_span(lo, lo.wrapping_add(patch.len() as u32));
+            let mut source = SliceSource { base, bytes: &bytes };
+            map.scan_all(&forgotten, &mut source, &ScanOptions { entry_is_target: false, ..ScanOptions::default() });
+            check(&map, &mut source)?;
+            let (fresh, _) = scan_at(base, &bytes, &ScanOptions::default());
+            for (at, len) in fresh.instructions_in(GuestLin(0), GuestLin(u32::MAX)) {
+                prop_assert_eq!(map.instruction_length(at), Some(len));
+            }
+            for (page, record) in fresh.pages() {
+                for offset in record.targets.iter() {
+                    prop_assert!(map.is_target(GuestLin(page << 12 | offset as u32)));
+                }
+            }
+        }
+    }
+
+    /// Every record of the map follows from the bytes and from the other records.
+    fn check(map: &CodeMap, source: &mut SliceSource<'_>) -> Result<(), TestCaseError> {
+        let mut proven = alloc::collections::BTreeSet::new();
+        let mut starts = 0;
+        for (page, record) in map.pages() {
+            for offset in record.starts.iter() {
+                let at = GuestLin(page << 12 | offset as u32);
+                let decoded = decode_alone(at, map.size().bits(), 0, source);
+                prop_assert!(decoded.is_ok(), "{at} does not decode");
+                let Ok(instruction) = decoded else { continue };
+                starts += 1;
+                prop_assert_eq!(map.instruction_length(at), Some(instruction.len() as u8));
+                let sensitive = matches!(classify_instruction(&instruction), Class::Sensitive(_));
+                prop_assert_eq!(map.site_at(at).is_some(), sensitive);
+                proven.extend((0..instruction.len() as u32).map(|byte| at.wrapping_add(byte)));
+            }
+        }
+        prop_assert_eq!(starts, map.instruction_count());
+        let recorded: alloc::collections::BTreeSet<_> = map
+            .pages()
+            .flat_map(|(page, record)| {
+                record.proven.iter().map(move |byte| GuestLin(page << 12 | byte as u32))
+            })
+            .collect();
+        prop_assert_eq!(proven, recorded);
+        Ok(())
     }
 }
