@@ -1,0 +1,1 @@
+//! FPU environments in memory.
