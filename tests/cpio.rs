@@ -118,6 +118,6 @@ mod tests {
             u32::from_str_radix(std::str::from_utf8(&bytes[6 + n * 8..14 + n * 8]).unwrap(), 16).unwrap()
         };
         assert_eq!((field(1), field(9), field(10)), (0o020_600, 4, 64));
-        assert_eq!(&bytes[110..121], b"dev/ttyS0\0\0");
+        assert_eq!(&bytes[110..120], b"dev/ttyS0\0");
     }
 }

@@ -1,6 +1,7 @@
 //! subring's monitor: everything between the command line and the host-driver shim.
 
 pub mod account;
+pub mod boot;
 pub mod builtin;
 pub mod cli;
 pub mod config;
