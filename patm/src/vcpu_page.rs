@@ -29,6 +29,8 @@ pub const SCRATCH_VALUE: u32 = 0x60;
 pub const GDT_BASE: u32 = 0x64;
 /// Guest GDTR limit. u32.
 pub const GDT_LIMIT: u32 = 0x68;
+/// Scratch u32 for the arithmetic flags: AH as `lahf` leaves it in bits 8..15, OF in bit 0.
+pub const SCRATCH_FLAGS: u32 = 0x6c;
 /// Far pointer of the gate into RC: u32 offset, then u16 selector.
 pub const GATE: u32 = 0x70;
 /// What a trampoline that leaves through the gate says: the site's `SiteId`. u32.

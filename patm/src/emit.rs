@@ -1,0 +1,267 @@
+//! The emitter: trampoline bytes and, with each instruction, the guest state its boundary stands for.
+//!
+//! Bytes are position independent until [`Emitter::finish`] is told the address; the length never depends on it.
+
+use crate::map::{EipMap, Finish, Fix, Point};
+use crate::vcpu_page as page;
+use alloc::vec::Vec;
+
+pub(crate) const EAX: u8 = 0;
+pub(crate) const ECX: u8 = 1;
+pub(crate) const EDX: u8 = 2;
+
+/// Condition codes as in the opcode (SDM Vol. 2, B.1.4.7).
+#[derive(Clone, Copy)]
+pub(crate) enum Cond {
+    Equal = 4,
+    NotEqual = 5,
+    BelowOrEqual = 6,
+    Above = 7,
+}
+
+/// A place in the trampoline that may not be emitted yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Label(usize);
+
+#[derive(Clone, Copy)]
+enum Target {
+    Guest(u32),
+    Label(Label),
+}
+
+struct Reloc {
+    /// Offset of the displacement, which ends its instruction.
+    offset: usize,
+    wide: bool,
+    target: Target,
+}
+
+/// A way out of line: undo what the fast path did, then leave by the gate.
+struct Slow {
+    label: Label,
+    state: Fix,
+    reason: u32,
+}
+
+pub(crate) struct Emitter {
+    vcpu: u32,
+    code: Vec<u8>,
+    map: EipMap,
+    relocs: Vec<Reloc>,
+    labels: Vec<Option<u32>>,
+    slow: Vec<Slow>,
+    /// What the state before the next instruction stands for.
+    pub(crate) state: Fix,
+}
+
+impl Emitter {
+    pub(crate) fn new(vcpu: u32) -> Self {
+        Self {
+            vcpu,
+            code: Vec::new(),
+            map: EipMap::default(),
+            relocs: Vec::new(),
+            labels: Vec::new(),
+            slow: Vec::new(),
+            state: Fix::default(),
+        }
+    }
+
+    fn here(&self) -> u32 {
+        self.code.len() as u32
+    }
+
+    /// The guest instruction at `eip` starts here.
+    pub(crate) fn begin(&mut self, eip: u32) {
+        self.state = Fix::at(eip);
+        self.map.starts.push((eip, self.here()));
+    }
+
+    /// From here on the current instruction has taken effect.
+    pub(crate) fn commit(&mut self, next: u32) {
+        self.state.resume = next;
+        self.state.committed = true;
+    }
+
+    /// One instruction.
+    pub(crate) fn op(&mut self, bytes: &[u8]) {
+        self.map.points.push(Point { offset: self.here(), fix: self.state });
+        self.code.extend_from_slice(bytes);
+    }
+
+    /// One instruction in pieces.
+    pub(crate) fn op_parts(&mut self, parts: &[&[u8]]) {
+        self.op(&[]);
+        for part in parts {
+            self.code.extend_from_slice(part);
+        }
+    }
+
+    /// `opcode reg, ss:[vcpu + offset]`.
+    pub(crate) fn page_op(&mut self, opcode: &[u8], reg: u8, offset: u32) {
+        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36], opcode, &[(reg & 7) << 3 | 5], &disp]);
+    }
+
+    /// `mov reg, ss:[vcpu + offset]`.
+    pub(crate) fn load(&mut self, reg: u8, offset: u32) {
+        self.page_op(&[0x8b], reg, offset);
+    }
+
+    /// `mov ss:[vcpu + offset], reg`.
+    pub(crate) fn store(&mut self, offset: u32, reg: u8) {
+        self.page_op(&[0x89], reg, offset);
+    }
+
+    /// `mov dword ss:[vcpu + offset], value`.
+    pub(crate) fn store_imm(&mut self, offset: u32, value: u32) {
+        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36, 0xc7, 0x05], &disp, &value.to_le_bytes()]);
+    }
+
+    /// `test byte ss:[vcpu + offset], mask`.
+    pub(crate) fn test_page_byte(&mut self, offset: u32, mask: u8) {
+        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36, 0xf6, 0x05], &disp, &[mask]]);
+    }
+
+    /// `opcode reg, ss:[ecx*2 + vcpu + offset]`: an entry of the segment cache when ECX is selector & ~7.
+    pub(crate) fn cache_op(&mut self, opcode: &[u8], reg: u8, offset: u32) {
+        let disp = self.vcpu.wrapping_add(page::SEGMENT_CACHE).wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36], opcode, &[(reg & 7) << 3 | 4, 0x4d], &disp]);
+    }
+
+    /// `cmp dword ss:[ecx*2 + vcpu + offset], value`.
+    pub(crate) fn cache_cmp_imm(&mut self, offset: u32, value: u8) {
+        let disp = self.vcpu.wrapping_add(page::SEGMENT_CACHE).wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36, 0x83, 0x3c, 0x4d], &disp, &[value]]);
+    }
+
+    /// Keeps the guest's `reg` in its scratch slot; it may be clobbered afterwards.
+    pub(crate) fn save(&mut self, reg: u8) {
+        self.store(page::SCRATCH + 4 * u32::from(reg), reg);
+        self.state.restore.insert(reg);
+    }
+
+    /// Gives `reg` its guest value back.
+    pub(crate) fn restore(&mut self, reg: u8) {
+        self.load(reg, page::SCRATCH + 4 * u32::from(reg));
+        self.state.restore.remove(reg);
+    }
+
+    /// Keeps the arithmetic flags. EAX must have been saved.
+    pub(crate) fn save_flags(&mut self) {
+        self.op(&[0x9f]); // lahf
+        self.op(&[0x0f, 0x90, 0xc0]); // seto al
+        self.store(page::SCRATCH_FLAGS, EAX);
+        self.state.restore_flags = true;
+    }
+
+    /// Gives the arithmetic flags back. EAX must still be saved.
+    pub(crate) fn restore_flags(&mut self) {
+        self.load(EAX, page::SCRATCH_FLAGS);
+        self.op(&[0x04, 0x7f]); // add al, 7fh: OF from bit 0
+        self.op(&[0x9e]); // sahf
+        self.state.restore_flags = false;
+    }
+
+    pub(crate) fn label(&mut self) -> Label {
+        self.labels.push(None);
+        Label(self.labels.len() - 1)
+    }
+
+    pub(crate) fn bind(&mut self, label: Label) {
+        let here = self.here();
+        if let Some(slot) = self.labels.get_mut(label.0) {
+            *slot = Some(here);
+        }
+    }
+
+    fn reloc(&mut self, wide: bool, target: Target) {
+        self.relocs.push(Reloc { offset: self.code.len(), wide, target });
+        self.code.extend_from_slice(if wide { &[0; 4] } else { &[0] });
+    }
+
+    /// `jcc rel32` to a label.
+    pub(crate) fn jcc(&mut self, cond: Cond, label: Label) {
+        self.op(&[0x0f, 0x80 | cond as u8]);
+        self.reloc(true, Target::Label(label));
+    }
+
+    /// A branch with an 8-bit displacement to a label.
+    pub(crate) fn short_branch(&mut self, opcode: &[u8], label: Label) {
+        self.op(opcode);
+        self.reloc(false, Target::Label(label));
+    }
+
+    /// A branch with a 32-bit displacement to a guest EIP (or what stands for it in this trampoline).
+    pub(crate) fn guest_branch(&mut self, opcode: &[u8], eip: u32) {
+        self.op(opcode);
+        self.reloc(true, Target::Guest(eip));
+    }
+
+    /// Leaves through the gate with this reason word. Touches no register and no flag.
+    pub(crate) fn gate(&mut self, reason: u32) {
+        self.store_imm(page::GATE_REASON, reason);
+        self.page_op(&[0xff], 5, page::GATE);
+    }
+
+    /// A label that undoes everything done since `begin` and leaves through the gate.
+    pub(crate) fn slow_path(&mut self, reason: u32) -> Label {
+        let label = self.label();
+        self.slow.push(Slow { label, state: self.state, reason });
+        label
+    }
+
+    /// Adds one to a counter of the vCPU page; the state is the guest's before and after.
+    pub(crate) fn count(&mut self, counter: u32) {
+        let offset = page::COUNTERS + 4 * (counter % page::COUNTERS_LEN);
+        self.save(EDX);
+        self.load(EDX, offset);
+        self.op(&[0x8d, 0x52, 0x01]); // lea edx, [edx + 1]
+        self.store(offset, EDX);
+        self.restore(EDX);
+    }
+
+    /// Emits what goes out of line. Must be last.
+    pub(crate) fn flush_slow_paths(&mut self) {
+        for slow in core::mem::take(&mut self.slow) {
+            debug_assert!(slow.state.finish == Finish::Nothing && slow.state.esp_add == 0);
+            self.bind(slow.label);
+            self.state = slow.state;
+            if self.state.restore_flags {
+                self.restore_flags();
+            }
+            for reg in self.state.restore.iter() {
+                self.restore(reg);
+            }
+            self.gate(slow.reason);
+        }
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.here()
+    }
+
+    /// The bytes for a trampoline at EIP `at`. None if a short branch does not reach (an error in a sequence).
+    pub(crate) fn finish(mut self, at: u32) -> Option<(Vec<u8>, EipMap)> {
+        for reloc in &self.relocs {
+            let end = reloc.offset + if reloc.wide { 4 } else { 1 };
+            let target = match reloc.target {
+                Target::Label(label) => at.wrapping_add((*self.labels.get(label.0)?)?),
+                Target::Guest(eip) => match self.map.forward(eip) {
+                    Some(offset) => at.wrapping_add(offset),
+                    None => eip,
+                },
+            };
+            let rel = target.wrapping_sub(at.wrapping_add(end as u32));
+            if reloc.wide {
+                self.code.get_mut(reloc.offset..end)?.copy_from_slice(&rel.to_le_bytes());
+            } else {
+                let short = i8::try_from(rel.cast_signed()).ok()?;
+                *self.code.get_mut(reloc.offset)? = short.cast_unsigned();
+            }
+        }
+        Some((self.code, self.map))
+    }
+}

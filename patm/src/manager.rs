@@ -1,0 +1,482 @@
+//! [`Patm`]: keeps the patches, makes and undoes them, and translates EIPs both ways.
+
+use crate::CodeInfo;
+use crate::alloc_region::{Allocator, Trapping, traps};
+use crate::emit::Emitter;
+use crate::insn::Insn;
+use crate::map::{EipMap, Fix};
+use crate::patch::{
+    CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline, split_reason,
+};
+use crate::window::{Window, starts, window};
+use crate::{displace, inline};
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::vec;
+use alloc::vec::Vec;
+use csam::{Class, GuestLin, SensitiveKind};
+
+/// `hlt`: what bytes of a window hold that nobody may execute, and the trap byte itself.
+const HLT: u8 = 0xf4;
+/// No patch depends on more bytes from its start (a window, or one instruction).
+const MAX_EXTENT: u32 = 64;
+
+/// What an EIP is to the patch manager.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Location {
+    /// Nothing of ours.
+    Guest,
+    /// The first byte of a patch, or the slot of its short jump: guest state is exact, the guest EIP is the start of
+    /// the window.
+    PatchStart(PatchId),
+    /// Inside a window, where a trapping byte stands.
+    MidWindow {
+        /// Whose window.
+        id: PatchId,
+        /// The trampoline EIP that does what the guest's instruction there does; None if no instruction the window
+        /// knows starts there (undo the patch and scan from there).
+        forward: Option<u32>,
+    },
+    /// An instruction boundary of a trampoline.
+    Trampoline {
+        /// Whose.
+        id: PatchId,
+        /// How to get the guest's state.
+        fix: Fix,
+    },
+    /// In trampoline memory but at no boundary of a live trampoline: only a guest that jumped there by itself.
+    Stray,
+}
+
+/// Counts of what is patched now, and of what was refused or undone since the start.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Live patches by tactic.
+    pub tactics: BTreeMap<Tactic, u64>,
+    /// Live sites by kind and route.
+    pub sites: BTreeMap<(SensitiveKind, Route), u64>,
+    /// Live trap bytes by why there is no jump.
+    pub trap_bytes: BTreeMap<Refusal, u64>,
+    /// Calls of `patch` that were refused.
+    pub refused: BTreeMap<Refusal, u64>,
+    /// Patches undone.
+    pub undone: u64,
+    /// Bytes of live trampolines.
+    pub trampoline_bytes: u32,
+}
+
+/// The patch manager.
+#[derive(Debug)]
+pub struct Patm {
+    config: Config,
+    memory: Allocator,
+    patches: BTreeMap<PatchId, Patch>,
+    /// By the first EIP of the window. Windows never overlap.
+    by_start: BTreeMap<u32, PatchId>,
+    /// By the EIP of the slot of a short jump.
+    by_slot: BTreeMap<u32, PatchId>,
+    by_trampoline: BTreeMap<u32, PatchId>,
+    by_site: BTreeMap<u32, PatchId>,
+    next_patch: u32,
+    next_site: u32,
+    stats: Stats,
+}
+
+/// A plan that found its place.
+struct Placed {
+    window: Window,
+    tactic: Tactic,
+    writes: Vec<CodeWrite>,
+    sites: Vec<SiteRef>,
+    trampoline: Trampoline,
+    map: EipMap,
+}
+
+impl Patm {
+    /// A manager without patches.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            memory: Allocator::new(config.tramp_base, config.tramp_len),
+            patches: BTreeMap::new(),
+            by_start: BTreeMap::new(),
+            by_slot: BTreeMap::new(),
+            by_trampoline: BTreeMap::new(),
+            by_site: BTreeMap::new(),
+            next_patch: 0,
+            next_site: 1,
+            stats: Stats::default(),
+        }
+    }
+
+    /// What it was made with.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Plans the patch of the sensitive instruction at `site` by the best tactic that fits, and reserves its trampoline.
+    /// The caller writes [`Patch::writes`] to the code view and the trampoline to its memory. A site that lies in the
+    /// window of a live patch is already taken care of: that patch comes back.
+    pub fn patch(&mut self, site: GuestLin, info: &dyn CodeInfo) -> Result<&Patch, Refusal> {
+        match self.plan(site, info) {
+            Ok(id) => self.patches.get(&id).ok_or(Refusal::NotCode),
+            Err(why) => {
+                *self.stats.refused.entry(why).or_default() += 1;
+                Err(why)
+            }
+        }
+    }
+
+    fn plan(&mut self, site: GuestLin, info: &dyn CodeInfo) -> Result<PatchId, Refusal> {
+        let insn = Insn::decode(info, site.0).ok_or(Refusal::NotCode)?;
+        let kind = match insn.class() {
+            Class::Innocuous => return Err(Refusal::NotSensitive),
+            Class::Trapping => return Err(Refusal::TrapsItself),
+            Class::Sensitive(kind) => kind,
+        };
+        if let Some(patch) = self.patch_at(site.0) {
+            return if patch.sites.iter().any(|s| s.at == site) {
+                Ok(patch.id)
+            } else {
+                Err(Refusal::Overlap)
+            };
+        }
+        let mut why = None;
+        let starts = starts(info, site.0);
+        for &start in &starts {
+            match self.try_jump(info, start, site.0) {
+                Ok(placed) => return Ok(self.enter(placed, None)),
+                Err(refusal) => why = why.or(Some(refusal)),
+            }
+        }
+        for &start in starts.iter().take(2) {
+            if let Ok(placed) = self.try_short_jump(info, start, site.0) {
+                return Ok(self.enter(placed, None));
+            }
+        }
+        if !info.writable_window(site, 1) {
+            return Err(Refusal::NotWritable);
+        }
+        Ok(self.enter_trap_byte(&insn, kind, why.unwrap_or(Refusal::NoPlace)))
+    }
+
+    fn is_free(&self, lo: u32, len: u32) -> bool {
+        let hi = u64::from(lo) + u64::from(len);
+        let hits = |start: u32, end: u64| u64::from(start) < hi && end > u64::from(lo);
+        let near = lo.saturating_sub(MAX_EXTENT)..=lo.saturating_add(len);
+        let window = |id: &PatchId| {
+            self.patches.get(id).is_some_and(|p| hits(p.start.0, u64::from(p.start.0) + u64::from(p.len)))
+        };
+        !self.by_start.range(near.clone()).any(|(_, id)| window(id))
+            && !self.by_slot.range(near).any(|(&slot, _)| hits(slot, u64::from(slot) + 5))
+    }
+
+    /// Emits the trampoline of `window`.
+    fn emit(&self, window: &Window) -> (Emitter, Vec<SiteRef>) {
+        let mut e = Emitter::new(self.config.vcpu_base);
+        let mut sites = Vec::new();
+        let mut goes_on = true;
+        for insn in &window.insns {
+            e.begin(insn.at);
+            goes_on = if let Class::Sensitive(kind) = insn.class() {
+                let id = self.next_site + sites.len() as u32;
+                let cx = inline::Context { site_id: id, count: self.config.count_inline };
+                let (route, goes_on) = inline::emit(&mut e, insn, kind, &cx);
+                sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
+                goes_on
+            } else {
+                displace::emit(&mut e, insn)
+            };
+        }
+        if goes_on {
+            let end = window.start().wrapping_add(window.len());
+            e.state = Fix::at(end);
+            e.guest_branch(&[0xe9], end);
+        }
+        e.flush_slow_paths();
+        (e, sites)
+    }
+
+    /// Places a trampoline for a jump that ends at EIP `jump_end`.
+    fn place(
+        &mut self,
+        window: &Window,
+        jump_end: u32,
+        trapping: Trapping,
+    ) -> Result<(Trampoline, EipMap, Vec<SiteRef>), Refusal> {
+        let (e, sites) = self.emit(window);
+        let at = self.memory.allocate(e.len(), jump_end, trapping).ok_or(Refusal::NoPlace)?;
+        match e.finish(at) {
+            Some((code, map)) => Ok((Trampoline { at, code }, map, sites)),
+            None => {
+                self.memory.free(at);
+                Err(Refusal::NotDisplaceable)
+            }
+        }
+    }
+
+    fn try_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
+        let window = window(info, start, site, 5)?;
+        if !self.is_free(start, window.len()) {
+            return Err(Refusal::Overlap);
+        }
+        let jump_end = start.wrapping_add(5);
+        let mut trapping = Trapping::default();
+        for offset in window.inner_starts().filter(|o| (1..5).contains(o)) {
+            trapping.0 |= 1 << (offset - 1);
+        }
+        let (trampoline, map, sites) = self.place(&window, jump_end, trapping)?;
+        let mut bytes = jump(jump_end, trampoline.at).to_vec();
+        bytes.resize(window.len() as usize, HLT);
+        let tactic = match (&window, trapping.0) {
+            (w, _) if w.inner_target => Tactic::JccWindow,
+            (w, _) if w.insns.len() == 1 => Tactic::Jump5,
+            (_, 0) => Tactic::Group,
+            _ => Tactic::Pun,
+        };
+        let writes = vec![CodeWrite { at: GuestLin(start), bytes }];
+        Ok(Placed { window, tactic, writes, sites, trampoline, map })
+    }
+
+    fn try_short_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
+        let window = window(info, start, site, 2)?;
+        if !self.is_free(start, window.len()) {
+            return Err(Refusal::Overlap);
+        }
+        let must_trap = window.inner_starts().any(|o| o == 1);
+        let jump_end = start.wrapping_add(2);
+        let reach = |rel: &i8| {
+            let slot = jump_end.checked_add_signed(i32::from(*rel))?;
+            let apart = slot.saturating_add(5) <= start || slot >= start.saturating_add(window.len());
+            let at = GuestLin(slot);
+            (apart && info.is_padding(at, 5) && info.writable_window(at, 5) && self.is_free(slot, 5))
+                .then_some(slot)
+        };
+        let (rel, slot) = (i8::MIN..=i8::MAX)
+            .filter(|rel| !must_trap || traps(rel.cast_unsigned()))
+            .find_map(|rel| Some((rel, reach(&rel)?)))
+            .ok_or(Refusal::NoPlace)?;
+        let slot_end = slot.wrapping_add(5);
+        let (trampoline, map, sites) = self.place(&window, slot_end, Trapping::default())?;
+        let mut bytes = vec![0xeb, rel.cast_unsigned()];
+        bytes.resize(window.len() as usize, HLT);
+        let writes = vec![
+            CodeWrite { at: GuestLin(start), bytes },
+            CodeWrite { at: GuestLin(slot), bytes: jump(slot_end, trampoline.at).to_vec() },
+        ];
+        Ok(Placed { window, tactic: Tactic::ShortJump, writes, sites, trampoline, map })
+    }
+
+    fn enter(&mut self, placed: Placed, why: Option<Refusal>) -> PatchId {
+        let Placed { window, tactic, writes, sites, trampoline, map } = placed;
+        self.insert(Patch {
+            id: PatchId(self.next_patch),
+            start: GuestLin(window.start()),
+            len: window.len() as u8,
+            original: window.insns.iter().flat_map(|i| i.bytes().iter().copied()).collect(),
+            writes,
+            tactic,
+            sites,
+            trampoline: Some(trampoline),
+            map,
+            why,
+        })
+    }
+
+    fn enter_trap_byte(&mut self, insn: &Insn, kind: SensitiveKind, why: Refusal) -> PatchId {
+        let at = GuestLin(insn.at);
+        let site = SiteRef { at, len: insn.len() as u8, kind, route: Route::TrapByte, id: self.next_site };
+        self.insert(Patch {
+            id: PatchId(self.next_patch),
+            start: at,
+            len: 1,
+            original: insn.bytes().first().copied().into_iter().collect(),
+            writes: vec![CodeWrite { at, bytes: vec![HLT] }],
+            tactic: Tactic::TrapByte,
+            sites: vec![site],
+            trampoline: None,
+            map: EipMap::default(),
+            why: Some(why),
+        })
+    }
+
+    fn insert(&mut self, patch: Patch) -> PatchId {
+        let id = patch.id;
+        self.next_patch += 1;
+        self.next_site += patch.sites.len() as u32;
+        *self.stats.tactics.entry(patch.tactic).or_default() += 1;
+        if let Some(why) = patch.why {
+            *self.stats.trap_bytes.entry(why).or_default() += 1;
+        }
+        for site in &patch.sites {
+            *self.stats.sites.entry((site.kind, site.route)).or_default() += 1;
+            self.by_site.insert(site.id, id);
+        }
+        self.by_start.insert(patch.start.0, id);
+        if let Some(slot) = patch.writes.get(1) {
+            self.by_slot.insert(slot.at.0, id);
+        }
+        if let Some(trampoline) = &patch.trampoline {
+            self.by_trampoline.insert(trampoline.at, id);
+        }
+        self.patches.insert(id, patch);
+        id
+    }
+
+    /// Forgets a patch and frees its trampoline memory, which the caller fills with `hlt`. The caller also puts the
+    /// original bytes back, and no CPU may be inside the trampoline.
+    pub fn undo(&mut self, id: PatchId) -> Option<Patch> {
+        let patch = self.patches.remove(&id)?;
+        self.by_start.remove(&patch.start.0);
+        if let Some(slot) = patch.writes.get(1) {
+            self.by_slot.remove(&slot.at.0);
+        }
+        if let Some(trampoline) = &patch.trampoline {
+            self.by_trampoline.remove(&trampoline.at);
+            self.memory.free(trampoline.at);
+        }
+        for site in &patch.sites {
+            self.by_site.remove(&site.id);
+            decrement(&mut self.stats.sites, (site.kind, site.route));
+        }
+        decrement(&mut self.stats.tactics, patch.tactic);
+        if let Some(why) = patch.why {
+            decrement(&mut self.stats.trap_bytes, why);
+        }
+        self.stats.undone += 1;
+        Some(patch)
+    }
+
+    /// Undoes every patch that depends on or occupies a byte of `lo..hi`.
+    pub fn undo_overlapping(&mut self, lo: GuestLin, hi: GuestLin) -> Vec<Patch> {
+        let from = lo.0.saturating_sub(MAX_EXTENT);
+        if from >= hi.0 {
+            return Vec::new();
+        }
+        let windows = self.by_start.range(from..hi.0).map(|(_, &id)| id);
+        let windows = windows.filter(|id| self.patches.get(id).is_some_and(|p| p.extent() > lo.0));
+        let slots = self.by_slot.range(from..hi.0).filter(|(slot, _)| slot.saturating_add(5) > lo.0);
+        let ids: BTreeSet<PatchId> = windows.chain(slots.map(|(_, &id)| id)).collect();
+        ids.into_iter().filter_map(|id| self.undo(id)).collect()
+    }
+
+    /// A live patch.
+    #[must_use]
+    pub fn get(&self, id: PatchId) -> Option<&Patch> {
+        self.patches.get(&id)
+    }
+
+    /// Every live patch, oldest first.
+    pub fn patches(&self) -> impl Iterator<Item = &Patch> {
+        self.patches.values()
+    }
+
+    /// The patch whose window holds `eip`.
+    #[must_use]
+    pub fn patch_at(&self, eip: u32) -> Option<&Patch> {
+        let (&start, id) = self.by_start.range(..=eip).next_back()?;
+        self.patches.get(id).filter(|p| eip - start < u32::from(p.len))
+    }
+
+    /// The patch whose trampoline holds `eip`, and the offset in it.
+    fn trampoline_at(&self, eip: u32) -> Option<(&Patch, u32)> {
+        let (&start, id) = self.by_trampoline.range(..=eip).next_back()?;
+        let patch = self.patches.get(id)?;
+        let len = patch.trampoline.as_ref()?.code.len() as u32;
+        (eip - start < len).then_some((patch, eip - start))
+    }
+
+    /// Whose reason word this is. None for a word no live trampoline writes.
+    #[must_use]
+    pub fn by_reason(&self, reason: u32) -> Option<(&Patch, &SiteRef, ReasonKind)> {
+        let (site_id, kind) = split_reason(reason)?;
+        let patch = self.patches.get(self.by_site.get(&site_id)?)?;
+        let site = patch.sites.iter().find(|s| s.id == site_id)?;
+        Some((patch, site, kind))
+    }
+
+    /// What `eip`, where the hardware stopped, is.
+    #[must_use]
+    pub fn locate(&self, eip: u32) -> Location {
+        if self.memory.contains(eip) {
+            return match self.trampoline_at(eip) {
+                Some((patch, offset)) => match patch.map.fix(offset) {
+                    Some(&fix) => Location::Trampoline { id: patch.id, fix },
+                    None => Location::Stray,
+                },
+                None => Location::Stray,
+            };
+        }
+        if let Some(patch) = self.patch_at(eip) {
+            if patch.start.0 == eip {
+                return Location::PatchStart(patch.id);
+            }
+            return Location::MidWindow { id: patch.id, forward: forward(patch, eip) };
+        }
+        match self.by_slot.range(..=eip).next_back() {
+            Some((&slot, &id)) if slot == eip => Location::PatchStart(id),
+            Some((&slot, &id)) if eip - slot < 5 => Location::MidWindow { id, forward: None },
+            _ => Location::Guest,
+        }
+    }
+
+    /// Where the hardware must go on so that the guest goes on at `guest_eip`: inside a window that is the trampoline's
+    /// copy of the instruction. An EIP in a window that starts none of its instructions comes back unchanged (and
+    /// traps there; see [`Location::MidWindow`]).
+    #[must_use]
+    pub fn resume_eip(&self, guest_eip: u32) -> u32 {
+        match self.patch_at(guest_eip) {
+            Some(patch) if patch.start.0 != guest_eip => forward(patch, guest_eip).unwrap_or(guest_eip),
+            _ => guest_eip,
+        }
+    }
+
+    /// The patch that a newly proven instruction start contradicts: it lies inside a window where the patch knows no
+    /// start (overlapping code), or in the slot of a short jump. Undo that patch and patch its sites again.
+    #[must_use]
+    pub fn contradicts(&self, start: GuestLin) -> Option<PatchId> {
+        match self.locate(start.0) {
+            Location::MidWindow { id, forward: None } => Some(id),
+            Location::PatchStart(id) if self.by_slot.contains_key(&start.0) => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Is `guest_eip` directly behind a patched `sti`? A kick that stopped there may have come through it, so an
+    /// interrupt should wait for one more instruction (`sti; hlt` loses a wake-up otherwise); it always may.
+    #[must_use]
+    pub fn is_after_sti(&self, guest_eip: u32) -> bool {
+        guest_eip.checked_sub(1).and_then(|last| self.patch_at(last)).is_some_and(|patch| {
+            patch.sites.iter().any(|s| s.kind == SensitiveKind::Sti && s.next().0 == guest_eip)
+        })
+    }
+
+    /// First EIPs of the trampoline pages that need memory. Only grows.
+    #[must_use]
+    pub fn trampoline_pages(&self) -> BTreeSet<u32> {
+        self.memory.pages()
+    }
+
+    /// What is patched and what was refused.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats { trampoline_bytes: self.memory.used_bytes(), ..self.stats.clone() }
+    }
+}
+
+fn forward(patch: &Patch, eip: u32) -> Option<u32> {
+    Some(patch.trampoline.as_ref()?.at.wrapping_add(patch.map.forward(eip)?))
+}
+
+/// `jmp rel32` that ends at `end`.
+fn jump(end: u32, target: u32) -> [u8; 5] {
+    let [a, b, c, d] = target.wrapping_sub(end).to_le_bytes();
+    [0xe9, a, b, c, d]
+}
+
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, u64>, key: K) {
+    if let Some(n) = counts.get_mut(&key) {
+        *n = n.saturating_sub(1);
+    }
+}

@@ -1,0 +1,228 @@
+//! What a patch is.
+
+use crate::map::EipMap;
+use alloc::vec::Vec;
+use csam::{GuestLin, SensitiveKind};
+
+/// Where trampolines live and what they use. All addresses are EIPs or flat linear addresses, 32 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// First EIP of the trampoline region. Best 16 MiB aligned and one of [`crate::good_bases`].
+    pub tramp_base: u32,
+    /// Length of the region in bytes; up to 16 MiB is used well. Only touched pages need memory.
+    pub tramp_len: u32,
+    /// Linear address of the vCPU page ([`crate::vcpu_page`]).
+    pub vcpu_base: u32,
+    /// In-line trampolines count their executions in the vCPU page.
+    pub count_inline: bool,
+}
+
+/// Names a patch; never used twice by one [`crate::Patm`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PatchId(pub u32);
+
+/// How a patch gets control.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Tactic {
+    /// A 5-byte `jmp` over one instruction.
+    Jump5,
+    /// A 5-byte `jmp` over several instructions; none but the first starts in the jump itself.
+    Group,
+    /// A 5-byte `jmp` over several instructions, its displacement chosen so that it traps wherever one of them starts.
+    Pun,
+    /// One of these with a branch into the window from inside the window only (`je 1f; sti; 1:`).
+    JccWindow,
+    /// A 2-byte `jmp` to filler nearby, which holds the 5-byte one.
+    ShortJump,
+    /// One trapping byte (`hlt`).
+    TrapByte,
+}
+
+impl Tactic {
+    /// Every tactic, best first.
+    pub const ALL: [Self; 6] =
+        [Self::Jump5, Self::Group, Self::Pun, Self::JccWindow, Self::ShortJump, Self::TrapByte];
+
+    /// The name used in tables and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Jump5 => "jump",
+            Self::Group => "group",
+            Self::Pun => "pun",
+            Self::JccWindow => "jcc window",
+            Self::ShortJump => "short jump",
+            Self::TrapByte => "trap byte",
+        }
+    }
+}
+
+/// How a site is done.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Route {
+    /// Completely in its trampoline (which may still leave by the gate in rare cases).
+    InLine,
+    /// The trampoline leaves by the gate and the monitor does it.
+    Gate,
+    /// The site is a trapping byte and the monitor does it.
+    TrapByte,
+}
+
+/// Why a trampoline left by the gate.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum ReasonKind {
+    /// The site is still to be done: EIP is the site.
+    Emulate,
+    /// `sti` is done and an interrupt waits: EIP is behind the site, in the STI shadow.
+    PendingAfterSti,
+    /// `popf` is done, IF is 1 and an interrupt waits: EIP is behind the site.
+    PendingAfterPopf,
+}
+
+/// The word a trampoline leaves at `GATE_REASON`: the site's number and why.
+#[must_use]
+pub const fn reason_word(site_id: u32, kind: ReasonKind) -> u32 {
+    site_id << 2
+        | match kind {
+            ReasonKind::Emulate => 0,
+            ReasonKind::PendingAfterSti => 1,
+            ReasonKind::PendingAfterPopf => 2,
+        }
+}
+
+pub(crate) const fn split_reason(word: u32) -> Option<(u32, ReasonKind)> {
+    let kind = match word & 3 {
+        0 => ReasonKind::Emulate,
+        1 => ReasonKind::PendingAfterSti,
+        2 => ReasonKind::PendingAfterPopf,
+        _ => return None,
+    };
+    Some((word >> 2, kind))
+}
+
+/// A sensitive instruction a patch takes care of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SiteRef {
+    /// Where the guest has it.
+    pub at: GuestLin,
+    /// Its length in bytes, 1..=15.
+    pub len: u8,
+    /// What it does.
+    pub kind: SensitiveKind,
+    /// How it is done.
+    pub route: Route,
+    /// Its number in reason words.
+    pub id: u32,
+}
+
+impl SiteRef {
+    /// The EIP behind it.
+    #[must_use]
+    pub const fn next(&self) -> GuestLin {
+        self.at.wrapping_add(self.len as u32)
+    }
+}
+
+/// Bytes to be put into the code view.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CodeWrite {
+    /// Where.
+    pub at: GuestLin,
+    /// What; to undo the patch, what the scan copied there before (filler for the slot of a short jump).
+    pub bytes: Vec<u8>,
+}
+
+/// Code outside the guest's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Trampoline {
+    /// Its first EIP.
+    pub at: u32,
+    /// Its bytes.
+    pub code: Vec<u8>,
+}
+
+/// Everything about one patch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Patch {
+    /// Its name.
+    pub id: PatchId,
+    /// First byte of the window.
+    pub start: GuestLin,
+    /// Length of the window in bytes: nothing in it but `start` may be executed from the code view.
+    pub len: u8,
+    /// What the window held: the guest's own bytes.
+    pub original: Vec<u8>,
+    /// What the code view must hold: the window first, then the slot of a short jump.
+    pub writes: Vec<CodeWrite>,
+    /// How it gets control.
+    pub tactic: Tactic,
+    /// The sensitive instructions in the window, ascending.
+    pub sites: Vec<SiteRef>,
+    /// None for a trap byte.
+    pub trampoline: Option<Trampoline>,
+    /// What each boundary of the trampoline stands for.
+    pub map: EipMap,
+    /// For a trap byte: why no jump was possible.
+    pub why: Option<Refusal>,
+}
+
+impl Patch {
+    /// The EIP behind the window.
+    #[must_use]
+    pub fn end(&self) -> GuestLin {
+        self.start.wrapping_add(u32::from(self.len))
+    }
+
+    /// The bytes for the window.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.writes.first().map_or(&[], |w| &w.bytes)
+    }
+
+    /// The EIP behind everything it depends on (a trap byte depends on its whole instruction).
+    pub(crate) fn extent(&self) -> u32 {
+        let end = self.end().0;
+        self.sites.iter().map(|s| s.next().0).max().map_or(end, |e| e.max(end))
+    }
+}
+
+/// Why something was not patched, or not with a jump.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Refusal {
+    /// No proven instruction there, or it would wrap at 4 GiB.
+    NotCode,
+    /// The instruction is not sensitive.
+    NotSensitive,
+    /// The instruction traps by itself at every privilege level (`int3`, `ud2`); it stays as it is.
+    TrapsItself,
+    /// Another patch has some of the bytes.
+    Overlap,
+    /// The code view cannot be written there.
+    NotWritable,
+    /// A branch from outside would land in the window.
+    BranchTarget,
+    /// An instruction after which execution does not go on would have to be crossed.
+    EndOfFlow,
+    /// An instruction in the window cannot be done from elsewhere.
+    NotDisplaceable,
+    /// No free trampoline memory where the displacement has its trapping bytes.
+    NoPlace,
+}
+
+impl Refusal {
+    /// The name used in tables and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotCode => "not code",
+            Self::NotSensitive => "not sensitive",
+            Self::TrapsItself => "traps itself",
+            Self::Overlap => "overlaps another patch",
+            Self::NotWritable => "not writable",
+            Self::BranchTarget => "branch target in the window",
+            Self::EndOfFlow => "end of flow in the window",
+            Self::NotDisplaceable => "not displaceable",
+            Self::NoPlace => "no place for the trampoline",
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Windows: which instructions a jump over a site may cover.
+
+use crate::CodeInfo;
+use crate::displace::can_displace;
+use crate::insn::Insn;
+use crate::patch::Refusal;
+use alloc::vec::Vec;
+use csam::{Class, GuestLin};
+
+/// How many instructions before a site a window may start.
+const MAX_BACK: usize = 6;
+/// No window is longer, in bytes.
+const MAX_LEN: u32 = 32;
+
+/// Instructions to be done by a trampoline, back to back.
+pub(crate) struct Window {
+    pub(crate) insns: Vec<Insn>,
+    /// A branch inside goes to an instruction inside other than the first.
+    pub(crate) inner_target: bool,
+}
+
+impl Window {
+    pub(crate) fn start(&self) -> u32 {
+        self.insns.first().map_or(0, |i| i.at)
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.insns.iter().map(Insn::len).sum()
+    }
+
+    /// Offsets, 1.., at which an instruction starts.
+    pub(crate) fn inner_starts(&self) -> impl Iterator<Item = u32> {
+        self.insns.iter().skip(1).map(|i| i.at - self.start())
+    }
+}
+
+/// Where a window covering the site at `site` may start: at the site, else at each instruction before it from which
+/// execution only falls through to it.
+pub(crate) fn starts(info: &dyn CodeInfo, site: u32) -> Vec<u32> {
+    let mut starts = Vec::from([site]);
+    let mut at = site;
+    for _ in 0..MAX_BACK {
+        let before = (1..=15).find_map(|d| {
+            let insn = Insn::decode(info, at.checked_sub(d)?)?;
+            (insn.len() == d && insn.falls_through()).then_some(insn)
+        });
+        match before {
+            Some(insn) if site - insn.at < MAX_LEN - 15 => at = insn.at,
+            _ => break,
+        }
+        starts.push(at);
+    }
+    starts
+}
+
+/// The shortest window from `start` with at least `min_len` bytes that holds the instruction at `site`.
+pub(crate) fn window(info: &dyn CodeInfo, start: u32, site: u32, min_len: u32) -> Result<Window, Refusal> {
+    let mut insns: Vec<Insn> = Vec::new();
+    let mut at = start;
+    while at.wrapping_sub(start) < min_len || at <= site {
+        if insns.last().is_some_and(|i| !i.falls_through()) {
+            return Err(Refusal::EndOfFlow);
+        }
+        let insn = Insn::decode(info, at).ok_or(Refusal::NotCode)?;
+        if !matches!(insn.class(), Class::Sensitive(_)) && !can_displace(&insn) {
+            return Err(Refusal::NotDisplaceable);
+        }
+        at = insn.next();
+        insns.push(insn);
+        if at.wrapping_sub(start) > MAX_LEN {
+            return Err(Refusal::NotDisplaceable);
+        }
+    }
+    let (lo, hi) = (GuestLin(start), GuestLin(at));
+    if !info.writable_window(lo, at - start) {
+        return Err(Refusal::NotWritable);
+    }
+    let mut inner_target = false;
+    for eip in start + 1..at {
+        let here = GuestLin(eip);
+        if insns.iter().any(|i| i.at == eip) {
+            if info.is_target(here) {
+                if info.targeted_from_outside(here, lo, hi) {
+                    return Err(Refusal::BranchTarget);
+                }
+                inner_target = true;
+            }
+        } else if info.is_target(here) || info.is_start(here) {
+            return Err(Refusal::BranchTarget); // overlapping code
+        }
+    }
+    Ok(Window { insns, inner_target })
+}

@@ -1,0 +1,122 @@
+//! Which windows are chosen for known code.
+
+mod common;
+use common::{BASE, Scanned, config};
+use patm::{Location, Patm, Refusal, Route, Tactic};
+
+fn patch(code: &[u8], offset: u32) -> (Patm, patm::Patch) {
+    let mut patm = Patm::new(config());
+    let patch = Scanned::new(code).patch_one(&mut patm, BASE + offset).unwrap();
+    (patm, patch)
+}
+
+#[test]
+fn a_site_of_five_bytes_gets_a_jump_of_its_own() {
+    // mov [esp+40h], ds needs 4 bytes, with a disp32 7; ret
+    let (patm, patch) = patch(&[0x8c, 0x9c, 0x24, 0x40, 0, 0, 0, 0xc3], 0);
+    assert_eq!((patch.tactic, patch.len), (Tactic::Jump5, 7));
+    assert_eq!(patch.bytes()[0], 0xe9);
+    assert_eq!(patch.bytes()[5..], [0xf4, 0xf4]);
+    assert_eq!(patm.locate(BASE), Location::PatchStart(patch.id));
+}
+
+#[test]
+fn displacement_bytes_trap_where_displaced_instructions_start() {
+    // cli; push ebx; push esi; push edi; push ebp; ret
+    let (_, patch) = patch(&[0xfa, 0x53, 0x56, 0x57, 0x55, 0xc3], 0);
+    assert_eq!((patch.tactic, patch.len), (Tactic::Pun, 5));
+    assert!(patch.bytes()[1..5].iter().all(|&b| patm::traps(b)), "{:02x?}", patch.bytes());
+}
+
+#[test]
+fn several_sites_share_a_window() {
+    // pushf; pop eax; cli; mov ebx, eax; ret
+    let (patm, patch) = patch(&[0x9c, 0x58, 0xfa, 0x89, 0xc3, 0xc3], 0);
+    assert_eq!(patch.sites.len(), 2);
+    assert!(patch.sites.iter().all(|s| s.route == Route::InLine));
+    for site in &patch.sites {
+        let reason = patm::reason_word(site.id, patm::ReasonKind::Emulate);
+        assert_eq!(patm.by_reason(reason).unwrap().1, site);
+    }
+}
+
+#[test]
+fn the_window_starts_before_a_site_that_ends_the_flow() {
+    // pop eax; pop ecx; add esp, 4; iretd
+    let (_, patch) = patch(&[0x58, 0x59, 0x83, 0xc4, 0x04, 0xcf], 5);
+    assert_eq!((patch.start.0, patch.len), (BASE + 1, 5));
+    assert_eq!(patch.sites[0].route, Route::Gate);
+}
+
+#[test]
+fn a_window_does_not_cross_an_unconditional_jump() {
+    // cli; ret; then code reached by nobody here
+    let (_, patch) = patch(&[0xfa, 0xc3, 0x90, 0x31, 0xc0, 0x31, 0xc9], 0);
+    assert_eq!(patch.tactic, Tactic::TrapByte);
+    assert_eq!(patch.why, Some(Refusal::EndOfFlow));
+    assert_eq!(patch.bytes(), [0xf4]);
+}
+
+#[test]
+fn a_short_jump_uses_filler_behind_the_ret() {
+    // cli; ret; int3 * 8
+    let (patm, patch) = patch(&[0xfa, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc], 0);
+    assert_eq!(
+        patch.tactic,
+        Tactic::TrapByte,
+        "the ret would start at a displacement byte that does not trap"
+    );
+    drop(patm);
+    // mov eax, cr0; ret; int3 * 8: three bytes, so nothing starts in the short jump
+    let (patm, patch) = self::patch(&[0x0f, 0x20, 0xc0, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc], 0);
+    assert_eq!(patch.tactic, Tactic::ShortJump);
+    assert_eq!(patch.bytes(), [0xeb, 0x02, 0xf4]);
+    assert_eq!(patch.writes[1].at.0, BASE + 4);
+    assert_eq!(patm.locate(BASE + 4), Location::PatchStart(patch.id));
+}
+
+#[test]
+fn a_window_may_start_at_the_jump_over_the_site() {
+    // test eax, eax; je 1f; sti; 1: mov eax, ecx; ret
+    let (patm, patch) = patch(&[0x85, 0xc0, 0x74, 0x01, 0xfb, 0x89, 0xc8, 0xc3], 4);
+    assert_eq!(patch.tactic, Tactic::JccWindow);
+    assert_eq!((patch.start.0, patch.len), (BASE + 2, 5));
+    let inner = BASE + 5;
+    assert_eq!(
+        patm.locate(inner),
+        Location::MidWindow { id: patch.id, forward: Some(patm.resume_eip(inner)) }
+    );
+}
+
+#[test]
+fn a_window_never_swallows_a_target_of_a_branch_outside() {
+    // xor eax, eax; cli; 2: xor ecx, ecx; xor edx, edx; jne 2b; ret
+    let (_, patch) = patch(&[0x31, 0xc0, 0xfa, 0x31, 0xc9, 0x31, 0xd2, 0x75, 0xfa, 0xc3], 2);
+    assert_eq!((patch.tactic, patch.why), (Tactic::TrapByte, Some(Refusal::BranchTarget)));
+}
+
+#[test]
+fn int3_is_left_alone_and_other_code_refused() {
+    let scanned = Scanned::new(&[0x90, 0xcc, 0xc3]);
+    let mut patm = Patm::new(config());
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 1), Err(Refusal::TrapsItself));
+    assert_eq!(scanned.patch_one(&mut patm, BASE), Err(Refusal::NotSensitive));
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 9), Err(Refusal::NotCode));
+}
+
+#[test]
+fn a_displaced_call_pushes_the_guests_return_address() {
+    // cli; call +0 ; the window ends with the call
+    let (_, patch) = patch(&[0xfa, 0xe8, 0x01, 0, 0, 0, 0xc3, 0xc3], 0);
+    let code = &patch.trampoline.as_ref().unwrap().code;
+    let push = [[0x68].as_slice(), &(BASE + 6).to_le_bytes()].concat();
+    assert!(code.windows(5).any(|w| w == push));
+    assert_eq!(patch.len, 6);
+}
+
+#[test]
+fn an_interrupt_waits_behind_sti() {
+    let (patm, _) = patch(&[0xfb, 0xf4, 0x31, 0xc0, 0x31, 0xc9, 0xc3], 0);
+    assert!(patm.is_after_sti(BASE + 1));
+    assert!(!patm.is_after_sti(BASE + 2));
+}
