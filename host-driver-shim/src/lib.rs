@@ -1,4 +1,17 @@
 //! Everything of subring that touches the host kernel or the hardware.
+//!
+//! - [`world`]: what an engine offers ([`world::World`]), and the types of that seam;
+//! - [`ram`]: guest RAM as a memory object; [`code_memory`]: the pool code views and trampolines live in;
+//! - [`raw`]: worlds that run guest code in hardware ring 3 of a jailed process;
+//! - [`fake`]: a scripted world for tests of what drives worlds.
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!("host-driver-shim needs an x86-64 Linux host");
 
 pub mod builtin_guest;
+pub mod code_memory;
+pub mod fake;
+pub mod ram;
+pub mod raw;
+mod shared;
 pub mod world;

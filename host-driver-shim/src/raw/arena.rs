@@ -1,0 +1,291 @@
+//! The arena: the memory a world and the monitor share to talk to each other.
+//!
+//! One per world. The world's runtime sees it at [`ARENA_VA`]; the monitor maps it anywhere. A guest that broke out of
+//! its 32 bits can write all of it, so the monitor treats what it reads here as an allegation: every number is checked
+//! or harmless whatever it is.
+
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::shared::{SharedMap, copy};
+use crate::world::HwRegs;
+
+/// Where the runtime maps the arena in a world: fixed, so that assembly can name it.
+pub(crate) const ARENA_VA: u64 = 0x1000_0000_0000;
+/// The runtime's stack in a world.
+pub(crate) const STACK_VA: u64 = ARENA_VA + 0x1000_0000;
+pub(crate) const STACK_SIZE: u64 = 64 << 10;
+pub(crate) const STACK_TOP: u64 = STACK_VA + STACK_SIZE;
+/// The runtime's signal stack in a world.
+pub(crate) const SIGNAL_STACK_VA: u64 = ARENA_VA + 0x2000_0000;
+pub(crate) const SIGNAL_STACK_SIZE: u64 = 64 << 10;
+
+/// How many commands fit.
+pub(crate) const COMMANDS: usize = 1024;
+
+/// vCPU page: far pointer of the gate (u32 offset, u16 selector). The same as patm's `vcpu_page::GATE`.
+pub const GATE: u32 = 0x70;
+/// vCPU page: the reason word a trampoline leaves. The same as patm's `vcpu_page::GATE_REASON`.
+pub const GATE_REASON: u32 = 0x78;
+/// vCPU page: the shim's own 256 bytes. The same as patm's `vcpu_page::SHIM_SAVE`. The stub keeps EAX in the first word.
+pub const SHIM_SAVE: u32 = 0x200;
+
+/// Whose turn it is: the value of [`Arena::turn`].
+pub(crate) mod turn {
+    pub(crate) const MONITOR: u32 = 0;
+    pub(crate) const WORLD: u32 = 1;
+    pub(crate) const DEAD: u32 = 2;
+}
+
+/// What the monitor wants: the value of [`Arena::request`].
+pub(crate) mod request {
+    /// Carry out the commands, then run the guest.
+    pub(crate) const RUN: u32 = 0;
+    /// Carry out the commands only.
+    pub(crate) const COMMANDS: u32 = 1;
+}
+
+/// Why the world handed over: the value of [`Exit::kind`].
+pub(crate) mod exit_kind {
+    pub(crate) const READY: u32 = 0;
+    pub(crate) const COMMANDS_DONE: u32 = 1;
+    pub(crate) const COMMAND_FAILED: u32 = 2;
+    pub(crate) const BAD_STATE: u32 = 3;
+    pub(crate) const FAULT: u32 = 4;
+    pub(crate) const GATE: u32 = 5;
+    pub(crate) const SYSCALL: u32 = 6;
+    pub(crate) const KICK: u32 = 7;
+}
+
+/// What a world does before it enters the guest: the value of [`Command::op`].
+pub(crate) mod op {
+    /// mmap: `a` = address, `b` = length, `c` = PROT_*, `d` = descriptor, `offset`.
+    pub(crate) const MAP: u32 = 0;
+    /// munmap: `a` = address, `b` = length; both 0 = all of 0..4 GiB.
+    pub(crate) const UNMAP: u32 = 1;
+    /// mprotect: `a` = address, `b` = length, `c` = PROT_*.
+    pub(crate) const PROTECT: u32 = 2;
+    /// modify_ldt: `a` = slot, `b` = base, `c` = limit, `d` = the flag word of `struct user_desc`.
+    pub(crate) const SEGMENT: u32 = 3;
+}
+
+/// Descriptors of a world.
+pub(crate) const RAM_FD: i32 = 3;
+pub(crate) const CODE_FD: i32 = 4;
+pub(crate) const ARENA_FD: i32 = 5;
+
+/// One command, see [`op`].
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
+pub(crate) struct Command {
+    pub(crate) op: u32,
+    pub(crate) a: u32,
+    pub(crate) b: u32,
+    pub(crate) c: u32,
+    pub(crate) d: u32,
+    pub(crate) reserved: u32,
+    pub(crate) offset: u64,
+}
+
+/// The exit record, see [`exit_kind`].
+#[repr(C)]
+pub(crate) struct Exit {
+    pub(crate) kind: AtomicU32,
+    /// Exception vector of a fault.
+    pub(crate) vector: AtomicU32,
+    pub(crate) error_code: AtomicU32,
+    pub(crate) cr2: AtomicU32,
+    /// Index of the first command that failed.
+    pub(crate) command: AtomicU32,
+    /// Its errno.
+    pub(crate) errno: AtomicU32,
+}
+
+/// x87/MMX/SSE state as FXSAVE64 keeps it (SDM vol. 1, 10.5.1).
+#[repr(C, align(64))]
+pub(crate) struct Fx(pub(crate) [u8; 512]);
+
+/// A page of its own.
+#[repr(C, align(4096))]
+pub(crate) struct Page(pub(crate) [u8; 4096]);
+
+/// How many BPF instructions the jail's filter may have.
+pub(crate) const FILTER_MAX: usize = 256;
+
+/// The shared memory. Everything in it is only ever accessed atomically, by assembly, or by raw copies.
+#[repr(C, align(4096))]
+pub(crate) struct Arena {
+    pub(crate) turn: AtomicU32,
+    /// Non-zero: leave for the monitor before running guest code.
+    pub(crate) kick: AtomicU32,
+    pub(crate) request: AtomicU32,
+    pub(crate) commands_len: AtomicU32,
+    pub(crate) regs: HwRegs,
+    pub(crate) exit: Exit,
+    /// EFLAGS.TF if the gate was entered single-stepping (the trap is swallowed in the stub), else 0.
+    pub(crate) stepped: AtomicU32,
+    /// Where the gate stub jumps to, an address of the runtime.
+    pub(crate) gate_entry: AtomicU64,
+    /// Set-up: the monitor's pid as the world must see it as its parent.
+    pub(crate) monitor_pid: AtomicU32,
+    /// Set-up: how far it came (see `init`), and the errno of the step that failed.
+    pub(crate) setup_step: AtomicU32,
+    pub(crate) setup_errno: AtomicU32,
+    /// Set-up: 1 if CPUID raises #GP in this world.
+    pub(crate) cpuid_faults: AtomicU32,
+    /// Set-up: number of BPF instructions in `filter`.
+    pub(crate) filter_len: AtomicU32,
+    pub(crate) fx: Fx,
+    pub(crate) filter: [u64; FILTER_MAX],
+    pub(crate) vcpu: Page,
+    pub(crate) stub: Page,
+    pub(crate) commands: [Command; COMMANDS],
+}
+
+/// Byte offset of the vCPU page in the arena's memory object.
+pub(crate) const VCPU_OFFSET: usize = offset_of!(Arena, vcpu);
+/// Byte offset of the stub page in the arena's memory object.
+pub(crate) const STUB_OFFSET: usize = offset_of!(Arena, stub);
+
+const _: () = {
+    assert!(VCPU_OFFSET.is_multiple_of(4096) && STUB_OFFSET.is_multiple_of(4096));
+    assert!(size_of::<Arena>().is_multiple_of(4096));
+    assert!(offset_of!(Arena, fx).is_multiple_of(64));
+    assert!(size_of::<Command>() == 32 && size_of::<HwRegs>() == 52);
+};
+
+/// The monitor's mapping of one world's arena.
+#[derive(Debug)]
+pub(crate) struct ArenaMap(SharedMap);
+
+impl ArenaMap {
+    pub(crate) fn new() -> io::Result<ArenaMap> {
+        Ok(ArenaMap(SharedMap::new(c"subring-arena", size_of::<Arena>())?))
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.fd()
+    }
+
+    fn ptr(&self) -> *mut Arena {
+        self.0.base().as_ptr().cast()
+    }
+
+    /// One atomic word of the arena.
+    pub(crate) fn word(&self, field: Word) -> &AtomicU32 {
+        // SAFETY: `field` holds an offset_of! of an AtomicU32 of Arena, inside the mapping, which lives as long as self.
+        unsafe { AtomicU32::from_ptr(self.0.base().as_ptr().add(field.0).cast()) }
+    }
+
+    pub(crate) fn get(&self, field: Word) -> u32 {
+        self.word(field).load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set(&self, field: Word, value: u32) {
+        self.word(field).store(value, Ordering::Release);
+    }
+
+    pub(crate) fn regs(&self) -> HwRegs {
+        let mut regs = HwRegs::default();
+        // SAFETY: both sides are one HwRegs (plain integers, any bit pattern is valid); the source is inside the mapping.
+        unsafe {
+            copy((&raw const (*self.ptr()).regs).cast(), (&raw mut regs).cast(), size_of::<HwRegs>());
+        }
+        regs
+    }
+
+    pub(crate) fn set_regs(&self, regs: &HwRegs) {
+        // SAFETY: both sides are one HwRegs; the destination is inside the mapping.
+        unsafe {
+            copy((&raw const *regs).cast(), (&raw mut (*self.ptr()).regs).cast(), size_of::<HwRegs>());
+        }
+    }
+
+    pub(crate) fn fx(&self, to: &mut [u8; 512]) {
+        // SAFETY: both sides are 512 bytes; the source is inside the mapping.
+        unsafe { copy((&raw const (*self.ptr()).fx).cast(), to.as_mut_ptr(), 512) };
+    }
+
+    pub(crate) fn set_fx(&self, from: &[u8; 512]) {
+        // SAFETY: both sides are 512 bytes; the destination is inside the mapping.
+        unsafe { copy(from.as_ptr(), (&raw mut (*self.ptr()).fx).cast(), 512) };
+    }
+
+    /// Hands over the commands; at most [`COMMANDS`].
+    pub(crate) fn set_commands(&self, commands: &[Command]) {
+        let n = commands.len().min(COMMANDS);
+        // SAFETY: n commands fit the array, which lies inside the mapping.
+        unsafe {
+            copy(
+                commands.as_ptr().cast(),
+                (&raw mut (*self.ptr()).commands).cast(),
+                n * size_of::<Command>(),
+            );
+        }
+        self.set(Word::COMMANDS_LEN, u32::try_from(n).unwrap_or(0));
+    }
+
+    /// Hands over the jail's filter; `false` if it is too long.
+    pub(crate) fn set_filter(&self, filter: &[u64]) -> bool {
+        let Ok(n) = u32::try_from(filter.len()) else { return false };
+        if filter.len() > FILTER_MAX {
+            return false;
+        }
+        for (i, insn) in filter.iter().enumerate() {
+            if self.0.write_u64((offset_of!(Arena, filter) + i * 8) as u64, *insn).is_none() {
+                return false;
+            }
+        }
+        self.set(Word::FILTER_LEN, n);
+        true
+    }
+
+    /// Reads a u32 of the vCPU page; 0 outside it.
+    pub(crate) fn vcpu_read(&self, offset: u32) -> u32 {
+        if offset > 4092 { 0 } else { self.0.read_u32(VCPU_OFFSET as u64 + u64::from(offset)).unwrap_or(0) }
+    }
+
+    /// Writes a u32 of the vCPU page; nothing outside it.
+    pub(crate) fn vcpu_write(&self, offset: u32, value: u32) {
+        if offset <= 4092 {
+            let _in_range = self.0.write_u32(VCPU_OFFSET as u64 + u64::from(offset), value);
+        }
+    }
+
+    /// Writes the gate stub's code for a vCPU page at this linear address.
+    pub(crate) fn set_stub(&self, vcpu: u32) {
+        // 64-bit code reached by the guest's far jump with all guest registers live. `hlt` behind it and around it.
+        let mut code = Vec::with_capacity(32);
+        code.push(0xa3); // mov [moffs64], eax
+        code.extend((u64::from(vcpu) + u64::from(SHIM_SAVE)).to_le_bytes());
+        code.extend([0x48, 0xb8]); // mov rax, imm64
+        code.extend((ARENA_VA + offset_of!(Arena, gate_entry) as u64).to_le_bytes());
+        code.extend([0xff, 0x20]); // jmp [rax]
+        let _in_range = self.0.fill(STUB_OFFSET as u64, 4096, 0xf4);
+        let _in_range = self.0.write(STUB_OFFSET as u64, &code);
+    }
+}
+
+/// Names one atomic u32 of the arena.
+#[derive(Clone, Copy)]
+pub(crate) struct Word(usize);
+
+impl Word {
+    pub(crate) const TURN: Word = Word(offset_of!(Arena, turn));
+    pub(crate) const KICK: Word = Word(offset_of!(Arena, kick));
+    pub(crate) const REQUEST: Word = Word(offset_of!(Arena, request));
+    pub(crate) const COMMANDS_LEN: Word = Word(offset_of!(Arena, commands_len));
+    pub(crate) const EXIT_KIND: Word = Word(offset_of!(Arena, exit.kind));
+    pub(crate) const EXIT_VECTOR: Word = Word(offset_of!(Arena, exit.vector));
+    pub(crate) const EXIT_ERROR: Word = Word(offset_of!(Arena, exit.error_code));
+    pub(crate) const EXIT_CR2: Word = Word(offset_of!(Arena, exit.cr2));
+    pub(crate) const EXIT_COMMAND: Word = Word(offset_of!(Arena, exit.command));
+    pub(crate) const EXIT_ERRNO: Word = Word(offset_of!(Arena, exit.errno));
+    pub(crate) const MONITOR_PID: Word = Word(offset_of!(Arena, monitor_pid));
+    pub(crate) const SETUP_STEP: Word = Word(offset_of!(Arena, setup_step));
+    pub(crate) const SETUP_ERRNO: Word = Word(offset_of!(Arena, setup_errno));
+    pub(crate) const CPUID_FAULTS: Word = Word(offset_of!(Arena, cpuid_faults));
+    pub(crate) const FILTER_LEN: Word = Word(offset_of!(Arena, filter_len));
+}

@@ -1,0 +1,178 @@
+//! The assembly by which a world enters guest code and leaves it.
+//!
+//! 1. `subring_rc_resume`: the one way in. Loads everything from the arena and ends in `iretq`. It only reads the arena, so a
+//!    signal inside it can always start it again; a fault inside it means that the state cannot be loaded.
+//! 2. `subring_rc_gate`: the way out by the gate stub (see `ArenaMap::set_stub`), all guest registers still live but EAX.
+//! 3. `subring_rc_signal_entry`: the way out by a signal.
+//! 4. `subring_rc_leave`: back to `rc::serve` on a fresh stack.
+
+use std::mem::offset_of;
+
+use super::arena::{ARENA_VA, Arena, SHIM_SAVE, STACK_TOP, VCPU_OFFSET, exit_kind};
+use crate::world::HwRegs;
+
+const REGS: usize = offset_of!(Arena, regs);
+const GPR: usize = REGS + offset_of!(HwRegs, gpr);
+const SEL: usize = REGS + offset_of!(HwRegs, sel);
+
+std::arch::global_asm!(
+    ".text",
+    ".balign 64",
+    ".hidden subring_rc_resume",
+    ".globl subring_rc_resume",
+    "subring_rc_resume:",
+    "mov rdi, {arena}",
+    "mov rsp, {stack}",
+    "cmp dword ptr [rdi + {kick}], 0",
+    "jne 2f",
+    "fxrstor64 [rdi + {fx}]",
+    "movzx eax, word ptr [rdi + {es}]",
+    "mov es, eax",
+    "movzx eax, word ptr [rdi + {ds}]",
+    "mov ds, eax",
+    "movzx eax, word ptr [rdi + {fs}]",
+    "mov fs, eax",
+    "movzx eax, word ptr [rdi + {gs}]",
+    "mov gs, eax",
+    "movzx eax, word ptr [rdi + {ss}]",
+    "push rax",
+    "mov eax, [rdi + {esp}]",
+    "push rax",
+    "mov eax, [rdi + {eflags}]",
+    "push rax",
+    "movzx eax, word ptr [rdi + {cs}]",
+    "push rax",
+    "mov eax, [rdi + {eip}]",
+    "push rax",
+    "mov eax, [rdi + {eax}]",
+    "mov ecx, [rdi + {ecx}]",
+    "mov edx, [rdi + {edx}]",
+    "mov ebx, [rdi + {ebx}]",
+    "mov ebp, [rdi + {ebp}]",
+    "mov esi, [rdi + {esi}]",
+    "mov edi, [rdi + {edi}]",
+    "iretq",
+    ".hidden subring_rc_resume_end",
+    ".globl subring_rc_resume_end",
+    "subring_rc_resume_end:",
+    "2:",
+    "mov dword ptr [rdi + {kind}], {kind_kick}",
+    "jmp subring_rc_leave",
+    "",
+    ".hidden subring_rc_bad_state",
+    ".globl subring_rc_bad_state",
+    "subring_rc_bad_state:",
+    "mov rdi, {arena}",
+    "mov dword ptr [rdi + {kind}], {kind_bad}",
+    "jmp subring_rc_leave",
+    "",
+    ".hidden subring_rc_gate",
+    ".globl subring_rc_gate",
+    "subring_rc_gate:",
+    "mov rax, {arena}",
+    "mov [rax + {ecx}], ecx",
+    "mov [rax + {edx}], edx",
+    "mov [rax + {ebx}], ebx",
+    "mov [rax + {esp}], esp",
+    "mov [rax + {ebp}], ebp",
+    "mov [rax + {esi}], esi",
+    "mov [rax + {edi}], edi",
+    "mov ecx, ss",
+    "mov [rax + {ss}], cx",
+    "mov ecx, 0x2b",
+    "mov ss, ecx",
+    "mov rsp, {stack}",
+    "pushfq",
+    "pop rcx",
+    "or ecx, [rax + {stepped}]",
+    "mov dword ptr [rax + {stepped}], 0",
+    "mov [rax + {eflags}], ecx",
+    "push 2", // no DF, AC (alignment checks in our own code), NT (iretq would raise #GP)
+    "popfq",
+    "mov ecx, [rax + {save_eax}]",
+    "mov [rax + {eax}], ecx",
+    "mov ecx, es",
+    "mov [rax + {es}], cx",
+    "mov ecx, ds",
+    "mov [rax + {ds}], cx",
+    "mov ecx, fs",
+    "mov [rax + {fs}], cx",
+    "mov ecx, gs",
+    "mov [rax + {gs}], cx",
+    "fxsave64 [rax + {fx}]",
+    "mov dword ptr [rax + {eip}], 0",
+    "mov dword ptr [rax + {kind}], {kind_gate}",
+    "",
+    ".hidden subring_rc_leave",
+    ".globl subring_rc_leave",
+    "subring_rc_leave:",
+    "mov rsp, {stack}",
+    "xor ebp, ebp",
+    "call {serve}",
+    "ud2",
+    "",
+    ".hidden subring_rc_signal_entry",
+    ".globl subring_rc_signal_entry",
+    "subring_rc_signal_entry:", // rdi = signal, rsi = siginfo, rdx = ucontext; the kernel cleared DF and TF only
+    "push 2",
+    "popfq",
+    "jmp {signal}",
+    arena = const ARENA_VA,
+    stack = const STACK_TOP,
+    kick = const offset_of!(Arena, kick),
+    stepped = const offset_of!(Arena, stepped),
+    kind = const offset_of!(Arena, exit.kind),
+    kind_kick = const exit_kind::KICK,
+    kind_bad = const exit_kind::BAD_STATE,
+    kind_gate = const exit_kind::GATE,
+    fx = const offset_of!(Arena, fx),
+    save_eax = const VCPU_OFFSET + SHIM_SAVE as usize,
+    eax = const GPR,
+    ecx = const GPR + 4,
+    edx = const GPR + 8,
+    ebx = const GPR + 12,
+    esp = const GPR + 16,
+    ebp = const GPR + 20,
+    esi = const GPR + 24,
+    edi = const GPR + 28,
+    eip = const REGS + offset_of!(HwRegs, eip),
+    eflags = const REGS + offset_of!(HwRegs, eflags),
+    es = const SEL,
+    cs = const SEL + 2,
+    ss = const SEL + 4,
+    ds = const SEL + 6,
+    fs = const SEL + 8,
+    gs = const SEL + 10,
+    serve = sym super::rc::serve,
+    signal = sym super::signal::handle,
+);
+
+unsafe extern "C" {
+    /// Enters the guest from the arena's registers, never returns. Only in a world.
+    pub(crate) fn subring_rc_resume() -> !;
+    /// Drops the current stack and goes to `rc::serve`. Only in a world.
+    pub(crate) fn subring_rc_leave() -> !;
+    static subring_rc_resume_end: u8;
+    fn subring_rc_bad_state();
+    fn subring_rc_gate();
+    fn subring_rc_signal_entry();
+}
+
+/// First address and end of the way in.
+pub(crate) fn resume_range() -> std::ops::Range<u64> {
+    let start = subring_rc_resume as unsafe extern "C" fn() -> ! as usize as u64;
+    let end = (&raw const subring_rc_resume_end).addr() as u64;
+    start..end
+}
+
+pub(crate) fn bad_state_address() -> u64 {
+    subring_rc_bad_state as unsafe extern "C" fn() as usize as u64
+}
+
+pub(crate) fn gate_address() -> u64 {
+    subring_rc_gate as unsafe extern "C" fn() as usize as u64
+}
+
+pub(crate) fn signal_entry_address() -> usize {
+    subring_rc_signal_entry as unsafe extern "C" fn() as usize
+}

@@ -1,0 +1,216 @@
+//! How a freshly executed process becomes a world: before `main`, in a constructor, and it never returns.
+//!
+//! The monitor executes its own program again with [`WORLD_ENV`] in the environment, so every program that links this
+//! crate can spawn worlds. After the exec nothing of the monitor's memory is left in the process.
+
+use std::ffi::CStr;
+use std::mem::offset_of;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use super::arena::{
+    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA,
+    exit_kind,
+};
+use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
+use super::rc::{arena, death, die};
+use super::signal::KICK_SIGNAL;
+
+/// The variable that makes a process a world. Its value is [`WORLD_VALUE`].
+pub(crate) const WORLD_ENV: &CStr = c"SUBRING_WORLD";
+/// Changes with the arena's layout in spirit; the program is the same file, so it always matches.
+pub(crate) const WORLD_VALUE: &CStr = c"1";
+
+const EIGHT_GIB: u64 = 8 << 30;
+const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
+const PR_SYS_DISPATCH_ON: u64 = 1;
+const ARCH_CPUID_SET: u64 = 0x1012;
+
+/// Runs before `main` of every program that links this crate.
+#[used]
+#[unsafe(link_section = ".init_array")]
+pub(crate) static CONSTRUCTOR: extern "C" fn() = become_world_if_asked;
+
+/// What set-up was doing when it failed, as `setup_step` counts.
+pub(crate) const STEPS: [&str; 13] = [
+    "starting",
+    "mapping the arena",
+    "closing descriptors",
+    "checking for its parent",
+    "finding 0..4 GiB empty (a non-PIE program cannot be a world)",
+    "mapping its stacks",
+    "setting its signal stack",
+    "installing signal handlers",
+    "giving up privileges",
+    "forbidding core dumps",
+    "catching system calls of guest code (syscall user dispatch, Linux 5.11)",
+    "installing its seccomp filter",
+    "ready",
+];
+
+extern "C" fn become_world_if_asked() {
+    // SAFETY: the C library is initialised before constructors run; nothing changes the environment meanwhile.
+    let value = unsafe { libc::getenv(WORLD_ENV.as_ptr()) };
+    if value.is_null() {
+        return;
+    }
+    // SAFETY: getenv returned a valid C string.
+    if unsafe { CStr::from_ptr(value) } != WORLD_VALUE {
+        return;
+    }
+    let mut step = 1;
+    if set_up(&mut step).is_ok() {
+        // SAFETY: set-up is complete: arena and stack are mapped and the handlers are in place.
+        unsafe { subring_rc_leave() }
+    }
+    let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    if step > 1 {
+        // SAFETY: step 1 mapped the arena; its words are atomics.
+        unsafe {
+            (*arena()).setup_errno.store(errno as u32, Release);
+            (*arena()).setup_step.store(step, Release);
+        }
+    }
+    die(death::SETUP)
+}
+
+/// A step failed, errno says why.
+struct Refused;
+
+fn check(fine: bool) -> Result<(), Refused> {
+    if fine { Ok(()) } else { Err(Refused) }
+}
+
+fn set_up(step: &mut u32) -> Result<(), Refused> {
+    map_fixed(ARENA_VA, size_of::<Arena>() as u64, libc::MAP_SHARED, ARENA_FD)?;
+    *step = 2;
+    // SAFETY: closes descriptors nothing in this process uses.
+    check(unsafe { libc::syscall(libc::SYS_close_range, 0, 2, 0) } == 0)?;
+    // SAFETY: as above.
+    check(unsafe { libc::syscall(libc::SYS_close_range, ARENA_FD + 1, u32::MAX, 0) } == 0)?;
+    *step = 3;
+    let a = arena();
+    // SAFETY: the arena is mapped; prctl and getppid touch no memory of ours.
+    unsafe {
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0)?;
+        check(libc::getppid() as u32 == (*a).monitor_pid.load(Acquire))?;
+    }
+    *step = 4;
+    low_half_is_empty()?;
+    *step = 5;
+    map_fixed(STACK_VA, STACK_SIZE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    // SAFETY: reads the auxiliary vector.
+    let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) };
+    let signal_stack = SIGNAL_STACK_SIZE + frame.next_multiple_of(4096) * 2;
+    map_fixed(SIGNAL_STACK_VA, signal_stack, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    *step = 6;
+    let stack = libc::stack_t {
+        ss_sp: std::ptr::with_exposed_provenance_mut(SIGNAL_STACK_VA as usize),
+        ss_flags: 0,
+        ss_size: signal_stack as usize,
+    };
+    // SAFETY: the stack was just mapped and serves nothing else.
+    check(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) } == 0)?;
+    *step = 7;
+    install_handlers()?;
+    *step = 8;
+    // SAFETY: these prctl calls touch no memory.
+    unsafe {
+        check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)?;
+        check(libc::prctl(libc::PR_SET_DUMPABLE, 0) == 0)?;
+    }
+    *step = 9;
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: setrlimit reads `none`.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } == 0)?;
+    *step = 10;
+    // Let CPUID raise #GP where the CPU can do that; no failure where it cannot.
+    // SAFETY: touches no memory; nothing here executes CPUID any more.
+    let faults = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_CPUID_SET, 0u64) } == 0;
+    // SAFETY: the arena is mapped.
+    unsafe { (*a).cpuid_faults.store(u32::from(faults), Release) };
+    // System calls from below 4 GiB become SIGSYS. The range that may call is everything above.
+    let (from, len) = (1u64 << 32, (1u64 << 63) - (1u64 << 32));
+    // SAFETY: touches no memory; the runtime lies above 4 GiB.
+    check(unsafe { libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, PR_SYS_DISPATCH_ON, from, len, 0u64) } == 0)?;
+    // SAFETY: the arena is mapped, its words are atomics.
+    unsafe {
+        (*a).gate_entry.store(gate_address(), Release);
+        (*a).exit.kind.store(exit_kind::READY, Release);
+    }
+    *step = 11;
+    install_filter()?;
+    *step = 12;
+    // SAFETY: as above.
+    unsafe { (*a).setup_step.store(*step, Release) };
+    Ok(())
+}
+
+fn map_fixed(at: u64, len: u64, flags: i32, fd: i32) -> Result<(), Refused> {
+    let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(at as usize);
+    // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping.
+    let got = unsafe {
+        libc::mmap(
+            at,
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags | libc::MAP_FIXED_NOREPLACE,
+            fd,
+            0,
+        )
+    };
+    check(got == at)
+}
+
+/// Nothing may be mapped where guests live: a probe over the whole range that replaces nothing.
+fn low_half_is_empty() -> Result<(), Refused> {
+    check(gate_address() >= EIGHT_GIB)?;
+    let (from, len) = (0x1_0000_usize, (1usize << 32) - 0x1_0000);
+    let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(from);
+    // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping; the probe is removed again.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        let got = libc::mmap(at, len, libc::PROT_NONE, flags, -1, 0);
+        check(got == at)?;
+        check(libc::munmap(at, len) == 0)
+    }
+}
+
+fn install_handlers() -> Result<(), Refused> {
+    let signals =
+        [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS, KICK_SIGNAL];
+    // SAFETY: all-zero is a valid sigaction and an empty mask; the handler is a valid signal handler for this process.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = signal_entry_address();
+        // NODEFER and the empty mask: handlers are left without sigreturn, so there must be no mask to restore.
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        for signal in signals {
+            check(libc::sigaction(signal, &raw const action, std::ptr::null_mut()) == 0)?;
+        }
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const action.sa_mask, std::ptr::null_mut()) == 0)
+    }
+}
+
+fn install_filter() -> Result<(), Refused> {
+    let a = arena();
+    // SAFETY: the arena is mapped.
+    let len = unsafe { (*a).filter_len.load(Acquire) };
+    check(len > 0 && len as usize <= FILTER_MAX)?;
+    let program = libc::sock_fprog {
+        len: len as u16,
+        filter: std::ptr::with_exposed_provenance_mut(ARENA_VA as usize + offset_of!(Arena, filter)),
+    };
+    // SPEC_ALLOW: before Linux 5.16 a filter would switch on speculation controls that slow the guest down; what they
+    // protect is this process's memory from itself.
+    // SAFETY: the kernel reads `program` and the filter in the arena.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            &raw const program,
+        )
+    };
+    check(r == 0)
+}

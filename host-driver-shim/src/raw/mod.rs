@@ -1,0 +1,462 @@
+//! The raw engine: guest code in hardware ring 3 of a jailed process, 32-bit compatibility mode.
+//!
+//! 1. [`RawEngine`] holds what all worlds of a guest share: RAM, code memory, the keeper thread ([`spawn`]).
+//! 2. A world is this program executed again; a constructor turns it into a world before `main` ([`init`], [`jail`]).
+//! 3. Monitor and world take turns by one futex word in their shared [`arena`]; the world's side is [`rc`].
+//! 4. Guest code is entered and left in [`entry`] (assembly) and [`signal`].
+//!
+//! A world can be taken over by its guest (`ljmp 33h`). What it can do then: compute, change its own mappings of guest
+//! RAM, lie to the monitor in the arena, end itself.
+
+mod arena;
+mod entry;
+mod init;
+mod jail;
+mod rc;
+mod signal;
+mod spawn;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::code_memory::CodeMemory;
+use crate::ram::GuestRam;
+use crate::world::{Backing, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
+use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
+pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
+use spawn::{Keeper, Process, futex_wait, futex_wake};
+
+/// How long the monitor sleeps before it looks whether a world still behaves.
+const TICK: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How many ticks a world may leave a kick unanswered before it is killed: only a hostile guest does.
+const PATIENCE: u32 = 50;
+/// How long a new world may take to be ready.
+const BIRTH: Duration = Duration::from_secs(20);
+/// Where the guest of a world ends.
+const FOUR_GIB: u64 = 1 << 32;
+/// Bits of MXCSR that exist on every CPU with SSE2 (SDM vol. 1, 10.2.3); a set reserved bit would make FXRSTOR fault.
+const MXCSR_BITS: u32 = 0xffff;
+
+/// Binds the calling thread to one host CPU. The thread that runs worlds and its worlds belong on the same one: a
+/// hand-over across CPUs costs tens of microseconds.
+pub fn pin(cpu: usize) -> io::Result<()> {
+    set_affinity(0, cpu)
+}
+
+fn set_affinity(pid: libc::pid_t, cpu: usize) -> io::Result<()> {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    // SAFETY: all-zero is the empty cpu_set_t; CPU_SET stays inside it (checked); the kernel reads it.
+    let r = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(pid, size_of::<libc::cpu_set_t>(), &raw const set)
+    };
+    if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What all worlds of one guest share.
+#[derive(Clone, Debug)]
+pub struct RawEngine(Arc<Engine>);
+
+#[derive(Debug)]
+struct Engine {
+    ram: GuestRam,
+    code: CodeMemory,
+    cpu: Option<usize>,
+    filter: Vec<u64>,
+    keeper: Keeper,
+}
+
+impl RawEngine {
+    /// An engine for this RAM and code memory; its worlds are bound to host CPU `cpu` if one is given.
+    pub fn new(ram: &GuestRam, code: &CodeMemory, cpu: Option<usize>) -> Result<RawEngine, WorldError> {
+        let filter = jail::filter().map_err(host("building the jail's filter"))?;
+        let keeper = Keeper::start().map_err(host("starting the world keeper"))?;
+        Ok(RawEngine(Arc::new(Engine { ram: ram.clone(), code: code.clone(), cpu, filter, keeper })))
+    }
+
+    /// Makes a world, ready to run, with nothing mapped.
+    pub fn spawn_world(&self) -> Result<RawWorld, WorldError> {
+        let engine = &self.0;
+        let arena = ArenaMap::new().map_err(host("making a world's arena"))?;
+        if !arena.set_filter(&engine.filter) {
+            return Err(host("building the jail's filter")(io::Error::other("too long")));
+        }
+        arena.set(Word::MONITOR_PID, std::process::id());
+        arena.set(Word::TURN, turn::WORLD);
+        let process = engine
+            .keeper
+            .spawn(arena, engine.ram.shared().fd(), engine.code.world_fd())
+            .map_err(host("spawning a world"))?;
+        let mut world = RawWorld {
+            process,
+            engine: Arc::clone(engine),
+            commands: Vec::with_capacity(COMMANDS),
+            fx: Box::new(initial_fx()),
+            fx_state: FxState::Ours,
+            cpuid_faults: false,
+        };
+        if let Some(cpu) = engine.cpu {
+            world.pin(cpu)?;
+        }
+        world.wait(Some(BIRTH))?;
+        if world.process.arena.get(Word::EXIT_KIND) != exit_kind::READY {
+            return Err(world.misbehaved());
+        }
+        world.cpuid_faults = world.process.arena.get(Word::CPUID_FAULTS) == 1;
+        Ok(world)
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> WorldError {
+    move |source| WorldError::Host { what, source }
+}
+
+/// The state after FNINIT and with MXCSR at its reset value, in FXSAVE64's layout.
+fn initial_fx() -> [u8; 512] {
+    let mut fx = [0; 512];
+    fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+    fx[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+    fx
+}
+
+/// Where the valid copy of the FPU state is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum FxState {
+    /// In the arena; our copy is stale.
+    Arena,
+    /// In our copy, which may have been changed; the arena gets it at the next start.
+    Ours,
+}
+
+/// A world: a process that runs guest code for us. Dropping it kills the process.
+#[derive(Debug)]
+pub struct RawWorld {
+    process: Arc<Process>,
+    engine: Arc<Engine>,
+    /// Queued, carried out at the next start.
+    commands: Vec<Command>,
+    /// Never handed to the world: [`World::fpu`] gives out a reference, and the arena may change at any time.
+    fx: Box<[u8; 512]>,
+    fx_state: FxState,
+    cpuid_faults: bool,
+}
+
+impl RawWorld {
+    /// The world's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid.unsigned_abs()
+    }
+
+    /// Whether CPUID raises #GP(0) in this world (the CPU can fault it); otherwise guest code sees the host's CPUID.
+    #[must_use]
+    pub fn cpuid_faults(&self) -> bool {
+        self.cpuid_faults
+    }
+
+    /// Binds the world to one host CPU.
+    pub fn pin(&mut self, cpu: usize) -> Result<(), WorldError> {
+        match set_affinity(self.process.pid, cpu) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.died()),
+            r => r.map_err(host("binding a world to a CPU")),
+        }
+    }
+
+    /// Carries out the queued commands now, without running guest code.
+    pub fn flush(&mut self) -> Result<(), WorldError> {
+        if self.commands.is_empty() {
+            return Ok(());
+        }
+        self.hand_over(request::COMMANDS)?;
+        match self.process.arena.get(Word::EXIT_KIND) {
+            exit_kind::COMMANDS_DONE => {
+                self.commands.clear();
+                Ok(())
+            }
+            exit_kind::COMMAND_FAILED => Err(self.command_failed()),
+            _ => Err(self.misbehaved()),
+        }
+    }
+
+    /// Gives the world the turn and waits until it gives it back.
+    fn hand_over(&mut self, what: u32) -> Result<(), WorldError> {
+        let arena = &self.process.arena;
+        arena.set_commands(&self.commands);
+        arena.set(Word::REQUEST, what);
+        let word = arena.word(Word::TURN);
+        if self.process.is_dead() {
+            return Err(self.died());
+        }
+        // A death between that check and this store overwrites neither: the keeper stores DEAD after it sets `dead`,
+        // and the wait below looks at `dead` again before its first sleep is over and at every tick.
+        word.store(turn::WORLD, Ordering::SeqCst);
+        futex_wake(word);
+        self.wait(None)
+    }
+
+    /// Waits for the world to hand over, or its death.
+    fn wait(&mut self, limit: Option<Duration>) -> Result<(), WorldError> {
+        let word = self.process.arena.word(Word::TURN);
+        let start = limit.map(|_| Instant::now());
+        let mut unanswered = 0;
+        loop {
+            if word.load(Ordering::SeqCst) == turn::MONITOR {
+                return Ok(());
+            }
+            if self.process.is_dead() {
+                return Err(self.died());
+            }
+            let before = Instant::now();
+            futex_wait(word, turn::WORLD, &TICK);
+            if before.elapsed() < Duration::from_millis(90) {
+                continue;
+            }
+            unanswered = if self.process.kicked.load(Ordering::SeqCst) { unanswered + 1 } else { 0 };
+            let late = matches!((limit, start), (Some(l), Some(s)) if s.elapsed() > l);
+            if unanswered > PATIENCE || late {
+                self.process.signal(libc::SIGKILL);
+                let why = if late { "it was not ready in time" } else { "it did not answer a kick" };
+                return Err(WorldError::Died(String::from(why)));
+            }
+        }
+    }
+
+    fn died(&self) -> WorldError {
+        WorldError::Died(self.process.obituary().unwrap_or_else(|| String::from("it is gone")))
+    }
+
+    /// The world said something that cannot be: it is not ours any more.
+    fn misbehaved(&self) -> WorldError {
+        self.process.signal(libc::SIGKILL);
+        WorldError::Died(String::from("it did not keep to the protocol"))
+    }
+
+    /// Reads which command failed. All commands were tried, so the queue is empty afterwards.
+    fn command_failed(&mut self) -> WorldError {
+        let index = self.process.arena.get(Word::EXIT_COMMAND) as usize;
+        let errno = self.process.arena.get(Word::EXIT_ERRNO);
+        let Some(&c) = self.commands.get(index) else { return self.misbehaved() };
+        self.commands.clear();
+        let source = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
+        match c.op {
+            op::SEGMENT => WorldError::Host { what: "modify_ldt", source },
+            _ => WorldError::Map { at: c.a, len: c.b, why: source.to_string() },
+        }
+    }
+
+    fn push(&mut self, command: Command) -> Result<(), WorldError> {
+        if self.commands.len() >= COMMANDS {
+            self.flush()?;
+        }
+        self.commands.push(command);
+        Ok(())
+    }
+
+    fn range(at: WorldLin, len: u32) -> Result<(), WorldError> {
+        let fine = len > 0
+            && len.is_multiple_of(4096)
+            && at.0.is_multiple_of(4096)
+            && u64::from(at.0) + u64::from(len) <= FOUR_GIB;
+        if fine { Ok(()) } else { Err(refused(at, len, "not a range of whole pages below 4 GiB")) }
+    }
+}
+
+fn refused(at: WorldLin, len: u32, why: &str) -> WorldError {
+    WorldError::Map { at: at.0, len, why: String::from(why) }
+}
+
+fn host_prot(prot: Prot) -> u32 {
+    let bit = |p, host: i32| if prot.contains(p) { host as u32 } else { 0 };
+    bit(Prot::READ, libc::PROT_READ) | bit(Prot::WRITE, libc::PROT_WRITE) | bit(Prot::EXEC, libc::PROT_EXEC)
+}
+
+impl World for RawWorld {
+    fn run(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        let arena = &self.process.arena;
+        if self.process.kicked.swap(false, Ordering::SeqCst) {
+            arena.word(Word::KICK).store(0, Ordering::SeqCst);
+            return if self.process.is_dead() { Err(self.died()) } else { Ok(WorldExit::Kick) };
+        }
+        let [_, cs, ..] = regs.sel;
+        if cs & !3 == 0x30 {
+            return Err(WorldError::BadState(String::from("CS is the host's 64-bit code segment")));
+        }
+        arena.set_regs(regs);
+        if self.fx_state == FxState::Ours {
+            let [.., a, b, c, d] = *self.fx.first_chunk::<28>().unwrap_or(&[0; 28]);
+            let mxcsr = u32::from_le_bytes([a, b, c, d]) & MXCSR_BITS;
+            self.fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+            arena.set_fx(&self.fx);
+        }
+        self.hand_over(request::RUN)?;
+        let arena = &self.process.arena;
+        let kind = arena.get(Word::EXIT_KIND);
+        if kind == exit_kind::COMMAND_FAILED {
+            return Err(self.command_failed());
+        }
+        self.commands.clear();
+        let exit = match kind {
+            exit_kind::FAULT => {
+                let vector = arena.get(Word::EXIT_VECTOR);
+                if vector > 31 {
+                    return Err(self.misbehaved());
+                }
+                WorldExit::Fault {
+                    vector: vector as u8,
+                    error_code: arena.get(Word::EXIT_ERROR),
+                    cr2: if vector == 14 { arena.get(Word::EXIT_CR2) } else { 0 },
+                }
+            }
+            exit_kind::GATE => WorldExit::Gate { reason: arena.vcpu_read(GATE_REASON) },
+            exit_kind::SYSCALL => WorldExit::Syscall,
+            exit_kind::KICK => {
+                // First ours, then the world's: a kick between the two is seen by the next run.
+                self.process.kicked.store(false, Ordering::SeqCst);
+                arena.word(Word::KICK).store(0, Ordering::SeqCst);
+                WorldExit::Kick
+            }
+            exit_kind::BAD_STATE => {
+                let (vector, code) = (arena.get(Word::EXIT_VECTOR), arena.get(Word::EXIT_ERROR));
+                return Err(WorldError::BadState(format!(
+                    "exception {vector} (error code {code:#x}) while loading {regs:x?}"
+                )));
+            }
+            _ => return Err(self.misbehaved()),
+        };
+        *regs = arena.regs();
+        self.fx_state = FxState::Arena;
+        Ok(exit)
+    }
+
+    fn map(&mut self, at: WorldLin, len: u32, backing: Backing, prot: Prot) -> Result<(), WorldError> {
+        RawWorld::range(at, len)?;
+        let (fd, offset, size) = match backing {
+            Backing::Ram(offset) => (RAM_FD, offset, self.engine.ram.size()),
+            Backing::Code(offset) => (CODE_FD, offset, self.engine.code.size()),
+            Backing::Vcpu => (ARENA_FD, arena::VCPU_OFFSET as u64, arena::VCPU_OFFSET as u64 + 4096),
+        };
+        if !offset.is_multiple_of(4096) || offset.checked_add(u64::from(len)).is_none_or(|end| end > size) {
+            return Err(refused(at, len, "its backing ends before it"));
+        }
+        if matches!(backing, Backing::Code(_)) && prot.contains(Prot::WRITE) {
+            return Err(refused(at, len, "code memory is never writable in a world"));
+        }
+        let c =
+            Command { op: op::MAP, a: at.0, b: len, c: host_prot(prot), d: fd as u32, reserved: 0, offset };
+        if let Some(last) = self.commands.last_mut()
+            && (last.op, last.c, last.d) == (c.op, c.c, c.d)
+            && last.a.checked_add(last.b) == Some(c.a)
+            && last.offset + u64::from(last.b) == c.offset
+            && let Some(len) = last.b.checked_add(c.b)
+        {
+            last.b = len;
+            return Ok(());
+        }
+        self.push(c)
+    }
+
+    fn unmap(&mut self, at: WorldLin, len: u32) -> Result<(), WorldError> {
+        if (at.0, len) != (0, 0) {
+            RawWorld::range(at, len)?;
+        }
+        self.push(Command { op: op::UNMAP, a: at.0, b: len, ..Command::default() })
+    }
+
+    fn protect(&mut self, at: WorldLin, len: u32, prot: Prot) -> Result<(), WorldError> {
+        RawWorld::range(at, len)?;
+        self.push(Command { op: op::PROTECT, a: at.0, b: len, c: host_prot(prot), ..Command::default() })
+    }
+
+    fn set_segment(&mut self, slot: u16, segment: HostSegment) -> Result<(), WorldError> {
+        if slot >= 8192 {
+            let source = io::Error::from(io::ErrorKind::InvalidInput);
+            return Err(WorldError::Host { what: "modify_ldt (slots are 0..8192)", source });
+        }
+        // struct user_desc's bit fields: seg_32bit, contents (2 bits: 0 data, 1 expand-down, 2 code), read_exec_only,
+        // limit_in_pages, seg_not_present, useable.
+        let contents = match segment {
+            HostSegment { code: true, .. } => 2,
+            HostSegment { expand_down: true, .. } => 1,
+            _ => 0,
+        };
+        let flags = u32::from(segment.big)
+            | contents << 1
+            | u32::from(!segment.rw) << 3
+            | u32::from(segment.limit_in_pages) << 4
+            | 1 << 6;
+        self.push(Command {
+            op: op::SEGMENT,
+            a: u32::from(slot),
+            b: segment.base,
+            c: segment.limit & 0xf_ffff,
+            d: flags,
+            ..Command::default()
+        })
+    }
+
+    fn fpu(&mut self) -> &mut [u8; 512] {
+        if self.fx_state == FxState::Arena {
+            self.process.arena.fx(&mut self.fx);
+            self.fx_state = FxState::Ours;
+        }
+        &mut self.fx
+    }
+
+    fn vcpu_read(&self, offset: u32) -> u32 {
+        self.process.arena.vcpu_read(offset)
+    }
+
+    fn vcpu_write(&mut self, offset: u32, value: u32) {
+        self.process.arena.vcpu_write(offset, value);
+    }
+
+    fn place_gate(&mut self, stub: WorldLin, vcpu: WorldLin) -> Result<(), WorldError> {
+        RawWorld::range(stub, 4096)?;
+        RawWorld::range(vcpu, 4096)?;
+        self.process.arena.set_stub(vcpu.0);
+        self.vcpu_write(GATE, stub.0);
+        self.vcpu_write(GATE + 4, 0x33);
+        self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
+        self.push(Command {
+            op: op::MAP,
+            a: stub.0,
+            b: 4096,
+            c: host_prot(Prot::READ | Prot::EXEC),
+            d: ARENA_FD as u32,
+            reserved: 0,
+            offset: arena::STUB_OFFSET as u64,
+        })
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        Arc::new(RawKicker(Arc::clone(&self.process)))
+    }
+}
+
+impl Drop for RawWorld {
+    fn drop(&mut self) {
+        // The keeper reaps it.
+        self.process.signal(libc::SIGKILL);
+    }
+}
+
+/// Interrupts one world.
+struct RawKicker(Arc<Process>);
+
+impl Kicker for RawKicker {
+    fn kick(&self) {
+        if self.0.kicked.swap(true, Ordering::SeqCst) {
+            return; // One is on its way, and one exit answers all.
+        }
+        self.0.arena.word(Word::KICK).store(1, Ordering::SeqCst);
+        // A world that gets the turn after this load looks at the flag on its way in.
+        if self.0.arena.word(Word::TURN).load(Ordering::SeqCst) == turn::WORLD {
+            self.0.signal(signal::KICK_SIGNAL);
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The runtime inside a world: waits for the monitor, carries out its commands, enters the guest.
+//!
+//! Runs with the guest's FS and GS bases, so it uses no thread-local storage; it allocates nothing, calls nothing but
+//! its own system calls, and touches only the arena. Everything it needs lies above 8 GiB, where the jail forbids to
+//! change mappings.
+
+use std::arch::asm;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
+use super::entry::subring_rc_resume;
+
+/// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
+const POPULATE_UP_TO: u32 = 64 << 10;
+
+/// Exit codes by which a world says why it gave up.
+pub(crate) mod death {
+    /// The process is a world but could not be set up; the arena's `setup_step` says more.
+    pub(crate) const SETUP: i32 = 120;
+    /// Guest code ran in 64-bit mode and raised an exception or made a system call.
+    pub(crate) const ESCAPED: i32 = 121;
+    /// The runtime itself faulted.
+    pub(crate) const RUNTIME: i32 = 122;
+}
+
+/// The arena as the world sees it.
+pub(crate) fn arena() -> *mut Arena {
+    std::ptr::with_exposed_provenance_mut(ARENA_VA as usize)
+}
+
+/// A system call without errno, thus without thread-local storage.
+///
+/// # Safety
+/// As the system call demands.
+pub(crate) unsafe fn syscall(nr: i64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
+    let r: i64;
+    // SAFETY: the kernel's x86-64 convention; what the call does to memory is the caller's promise.
+    unsafe {
+        asm!("syscall", inlateout("rax") nr => r, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
+            in("r9") f, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    r
+}
+
+/// Ends the world.
+pub(crate) fn die(code: i32) -> ! {
+    loop {
+        // SAFETY: exit_group touches no memory.
+        unsafe { syscall(libc::SYS_exit_group, code as u64, 0, 0, 0, 0, 0) };
+    }
+}
+
+/// Hands over to the monitor with the exit record as it stands, waits for its next request and does it.
+///
+/// Entered by assembly on a fresh stack, never returns.
+pub(crate) unsafe extern "C" fn serve() -> ! {
+    let a = arena();
+    loop {
+        // SAFETY: in a world the arena is mapped at `a` for the process's whole life; its words are atomics.
+        let turn = unsafe { &(*a).turn };
+        let word = turn.as_ptr().addr() as u64;
+        turn.store(turn::MONITOR, SeqCst);
+        // SAFETY: `word` is the address of a futex word in the arena.
+        unsafe { syscall(libc::SYS_futex, word, libc::FUTEX_WAKE as u64, 1, 0, 0, 0) };
+        while turn.load(SeqCst) != turn::WORLD {
+            // SAFETY: `word` is the address of a futex word in the arena; 0 = no timeout.
+            unsafe {
+                syscall(libc::SYS_futex, word, libc::FUTEX_WAIT as u64, u64::from(turn::MONITOR), 0, 0, 0);
+            }
+        }
+        if !carry_out() {
+            continue;
+        }
+        // SAFETY: as above.
+        if unsafe { (*a).request.load(Acquire) } == request::COMMANDS {
+            // SAFETY: as above.
+            unsafe { (*a).exit.kind.store(exit_kind::COMMANDS_DONE, Release) };
+            continue;
+        }
+        // SAFETY: we are in a world on the runtime's stack; the state comes from the monitor and a fault while
+        // loading it is handled (signal.rs).
+        unsafe { subring_rc_resume() };
+    }
+}
+
+/// Does all commands in order; on failures records the first one and says `false`.
+fn carry_out() -> bool {
+    let a = arena();
+    // SAFETY: in a world the arena is mapped at `a`; its words are atomics.
+    let n = (unsafe { (*a).commands_len.load(Acquire) } as usize).min(COMMANDS);
+    let mut fine = true;
+    for i in 0..n {
+        // SAFETY: i < COMMANDS, so the element lies in the arena; the monitor writes it only when it has the turn.
+        let command = unsafe { (&raw const (*a).commands).cast::<Command>().add(i).read_volatile() };
+        let r = perform(&command);
+        if r < 0 && fine {
+            fine = false;
+            // SAFETY: as above.
+            let exit = unsafe { &(*a).exit };
+            exit.command.store(i as u32, Relaxed);
+            exit.errno.store(r.unsigned_abs() as u32, Relaxed);
+            exit.kind.store(exit_kind::COMMAND_FAILED, Release);
+        }
+    }
+    fine
+}
+
+fn perform(c: &Command) -> i64 {
+    let (at, len) = (u64::from(c.a), u64::from(c.b));
+    match c.op {
+        op::MAP => {
+            let mut flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            if c.b <= POPULATE_UP_TO {
+                flags |= libc::MAP_POPULATE;
+            }
+            // SAFETY: replaces guest mappings below 4 GiB only (the jail enforces it), where nothing of ours lives.
+            unsafe {
+                syscall(libc::SYS_mmap, at, len, u64::from(c.c), flags as u64, u64::from(c.d), c.offset)
+            }
+            .min(0)
+        }
+        op::UNMAP if c.b == 0 => {
+            const HALF: u64 = 1 << 31;
+            // SAFETY: removes guest mappings below 4 GiB only.
+            let low = unsafe { syscall(libc::SYS_munmap, 0, HALF, 0, 0, 0, 0) };
+            // SAFETY: removes guest mappings below 4 GiB only.
+            let high = unsafe { syscall(libc::SYS_munmap, HALF, HALF, 0, 0, 0, 0) };
+            low.min(high)
+        }
+        // SAFETY: removes guest mappings below 4 GiB only (the jail enforces it).
+        op::UNMAP => unsafe { syscall(libc::SYS_munmap, at, len, 0, 0, 0, 0) },
+        // SAFETY: changes guest mappings below 4 GiB only (the jail enforces it).
+        op::PROTECT => unsafe { syscall(libc::SYS_mprotect, at, len, u64::from(c.c), 0, 0, 0) },
+        op::SEGMENT => {
+            // struct user_desc: entry_number, base_addr, limit, flags.
+            let desc = [c.a, c.b, c.c, c.d];
+            // SAFETY: the kernel reads 16 bytes of `desc`. The result is an int in EAX.
+            let r = unsafe {
+                syscall(libc::SYS_modify_ldt, 0x11, desc.as_ptr().expose_provenance() as u64, 16, 0, 0, 0)
+            };
+            i64::from(r as i32)
+        }
+        _ => -i64::from(libc::EINVAL),
+    }
+}

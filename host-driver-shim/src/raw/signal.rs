@@ -1,0 +1,122 @@
+//! Signals in a world: how the hardware's exceptions on guest code become exit records.
+//!
+//! A frame that interrupted guest code is copied into the arena and abandoned, never returned to: the kernel starts the
+//! signal stack from its top again because guest stacks lie below 4 GiB. A frame that interrupted the runtime is
+//! returned to, possibly elsewhere.
+
+use std::arch::asm;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use super::arena::{Arena, exit_kind};
+use super::entry::{bad_state_address, resume_range, subring_rc_leave, subring_rc_resume};
+use super::rc::{arena, death, die};
+use crate::shared::copy;
+
+/// The signal that interrupts guest code.
+pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
+
+/// The host's 64-bit user code selector: whatever interrupted code ran with it is not guest code (or has escaped).
+const CS64: u64 = 0x33;
+const TF: i64 = 0x100;
+const FOUR_GIB: u64 = 1 << 32;
+
+/// The handler of every signal, called by `subring_rc_signal_entry`.
+///
+/// # Safety
+/// Only as a signal handler in a world, with what the kernel passes.
+pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t, uc: *mut libc::ucontext_t) {
+    // SAFETY: the kernel passes valid pointers into its frame, which is ours alone now.
+    let (gregs, code) = unsafe { (&mut (*uc).uc_mcontext.gregs, (*info).si_code) };
+    // SAFETY: as above; in a world the arena is mapped and its words are atomics.
+    let arena = arena();
+    let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
+    if csgsfs & 0xffff == CS64 {
+        in_runtime(signal, code, gregs, arena);
+        return;
+    }
+    // SAFETY: `arena` is the mapped arena; the frame is live; we are on the signal stack, which nobody needs after this.
+    unsafe {
+        save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
+        let exit = &(*arena).exit;
+        let kind = match signal {
+            KICK_SIGNAL if (*arena).kick.load(Acquire) != 0 => exit_kind::KICK,
+            // A kick that another exit has already answered, or a signal somebody sent by hand.
+            _ if signal == KICK_SIGNAL || code <= 0 => subring_rc_resume(),
+            libc::SIGSYS => exit_kind::SYSCALL,
+            _ => {
+                let vector = greg(gregs, libc::REG_TRAPNO) as u32;
+                exit.vector.store(vector, Relaxed);
+                exit.error_code.store(greg(gregs, libc::REG_ERR) as u32, Relaxed);
+                exit.cr2.store(if vector == 14 { greg(gregs, libc::REG_CR2) as u32 } else { 0 }, Relaxed);
+                exit_kind::FAULT
+            }
+        };
+        exit.kind.store(kind, Release);
+        subring_rc_leave();
+    }
+}
+
+fn greg(gregs: &[i64; 23], index: i32) -> i64 {
+    gregs.get(index as usize).copied().unwrap_or(0)
+}
+
+/// A signal while the runtime (or the gate stub, or an escaped guest) was running.
+fn in_runtime(signal: i32, code: i32, gregs: &mut [i64; 23], arena: *mut Arena) {
+    let rip = greg(gregs, libc::REG_RIP) as u64;
+    let resume = resume_range();
+    if signal == KICK_SIGNAL {
+        // Outside the way in nothing is to be done: the way in looks at the flag. Inside it, start it again.
+        if resume.contains(&rip) {
+            gregs[libc::REG_RIP as usize] = resume.start as i64;
+        }
+        return;
+    }
+    if code <= 0 {
+        return; // Sent by hand from outside.
+    }
+    if resume.contains(&rip) {
+        // SAFETY: in a world the arena is mapped and its words are atomics.
+        let exit = unsafe { &(*arena).exit };
+        exit.vector.store(greg(gregs, libc::REG_TRAPNO) as u32, Relaxed);
+        exit.error_code.store(greg(gregs, libc::REG_ERR) as u32, Relaxed);
+        gregs[libc::REG_RIP as usize] = bad_state_address() as i64;
+        return;
+    }
+    if signal == libc::SIGTRAP && greg(gregs, libc::REG_EFL) & TF != 0 && rip < FOUR_GIB {
+        // A guest that single-steps through a trampoline into the gate: the trap belongs to the trampoline's jump.
+        // SAFETY: in a world the arena is mapped and its words are atomics.
+        unsafe { (*arena).stepped.store(TF as u32, Relaxed) };
+        gregs[libc::REG_EFL as usize] &= !TF;
+        return;
+    }
+    die(if rip < FOUR_GIB { death::ESCAPED } else { death::RUNTIME })
+}
+
+/// Copies the guest's state out of the signal frame and, for what the frame does not hold, out of the hardware.
+///
+/// # Safety
+/// `fp` points to the frame's FXSAVE image, `arena` to the mapped arena.
+unsafe fn save_guest(gregs: &[i64; 23], csgsfs: u64, fp: *const u8, arena: *mut Arena) {
+    use libc::{REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RSI, REG_RSP};
+    let (es, ds, fs, gs): (u32, u32, u32, u32);
+    // SAFETY: reads segment registers only.
+    unsafe {
+        asm!("mov {0:e}, es", "mov {1:e}, ds", "mov {2:e}, fs", "mov {3:e}, gs", out(reg) es, out(reg) ds, out(reg) fs,
+            out(reg) gs, options(nomem, nostack, preserves_flags));
+    }
+    // SAFETY: `arena` is mapped, and while the world has the turn only we write its registers; the frame's FXSAVE image
+    // is 512 bytes (more follow it).
+    unsafe {
+        let regs = &raw mut (*arena).regs;
+        let order = [REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI];
+        let gpr = (&raw mut (*regs).gpr).cast::<u32>();
+        for (i, r) in order.into_iter().enumerate() {
+            gpr.add(i).write_volatile(greg(gregs, r) as u32);
+        }
+        (&raw mut (*regs).eip).write_volatile(greg(gregs, libc::REG_RIP) as u32);
+        (&raw mut (*regs).eflags).write_volatile(greg(gregs, libc::REG_EFL) as u32);
+        let sel = [es as u16, csgsfs as u16, (csgsfs >> 48) as u16, ds as u16, fs as u16, gs as u16];
+        (&raw mut (*regs).sel).write_volatile(sel);
+        copy(fp, (&raw mut (*arena).fx).cast(), 512);
+    }
+}
