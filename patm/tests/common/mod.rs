@@ -1,6 +1,8 @@
 //! A scanned piece of code for tests.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod machine;
+
 use csam::{CodeMap, CodeSize, GuestLin, ScanOptions, SliceSource};
 use patm::{Config, MapView, Patch, Patm};
 

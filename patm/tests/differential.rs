@@ -1,0 +1,283 @@
+//! A patched program, interrupted anywhere, ends in the state the same program reaches on bare metal.
+//!
+//! Random programs of sensitive and ordinary instructions run on a toy processor twice: bare, and deprivileged from the
+//! code view with its trampolines, where a kick may come between any two instructions. A kick makes the test do what the
+//! monitor does: translate the state with the EIP map, look at it, and go on from the guest's EIP.
+
+mod common;
+use common::machine::{ARITHMETIC, DF, Event, IF, Machine, Mode};
+use common::{BASE, Scanned, VCPU, config};
+use patm::{Location, Patm, ReasonKind, VcpuWords, vcpu_page as page};
+use proptest::prelude::*;
+
+const STEPS: usize = 500;
+
+/// Instructions without a direct branch.
+const PLAIN: &[&[u8]] = &[
+    &[0xfa],                         // cli
+    &[0xfb],                         // sti
+    &[0x9c],                         // pushfd
+    &[0x9d],                         // popfd
+    &[0x0e],                         // push cs
+    &[0x16],                         // push ss
+    &[0x1e],                         // push ds
+    &[0x0f, 0xa8],                   // push gs
+    &[0x1f],                         // pop ds
+    &[0x07],                         // pop es
+    &[0x0f, 0xa1],                   // pop fs
+    &[0x8c, 0xd8],                   // mov eax, ds
+    &[0x66, 0x8c, 0xc9],             // mov cx, cs
+    &[0x8c, 0x5c, 0x24, 0x04],       // mov [esp+4], ds
+    &[0x8c, 0x20],                   // mov [eax], fs
+    &[0x8c, 0x04, 0x11],             // mov [ecx+edx], es
+    &[0x8e, 0xd8],                   // mov ds, eax
+    &[0x8e, 0xe9],                   // mov gs, ecx
+    &[0x8e, 0xc3],                   // mov es, ebx
+    &[0x8e, 0x5c, 0x24, 0x04],       // mov ds, [esp+4]
+    &[0x8e, 0x20],                   // mov fs, [eax]
+    &[0x36, 0x8e, 0x44, 0x0d, 0x08], // mov es, ss:[ebp+ecx+8]
+    &[0x0f, 0x20, 0xc0],             // mov eax, cr0
+    &[0x0f, 0x20, 0xd9],             // mov ecx, cr3
+    &[0xec],                         // in al, dx
+    &[0x2e, 0x8b, 0x03],             // mov eax, cs:[ebx]
+    &[0x66, 0x9c],                   // pushf
+    &[0x50],                         // push eax
+    &[0x51],                         // push ecx
+    &[0x59],                         // pop ecx
+    &[0x5b],                         // pop ebx
+    &[0x01, 0xc8],                   // add eax, ecx
+    &[0x31, 0xd2],                   // xor edx, edx
+    &[0x89, 0xc3],                   // mov ebx, eax
+    &[0x8b, 0x44, 0x24, 0x08],       // mov eax, [esp+8]
+    &[0x83, 0xe8, 0x10],             // sub eax, 10h
+    &[0x85, 0xc9],                   // test ecx, ecx
+    &[0x41],                         // inc ecx
+    &[0x90],                         // nop
+    &[0x8d, 0x44, 0x08, 0x04],       // lea eax, [eax+ecx+4]
+    &[0xb8, 0x08, 0x00, 0x00, 0x00], // mov eax, 8
+    &[0xb9, 0x01, 0x00, 0x00, 0x00], // mov ecx, 1
+    &[0xff, 0x13],                   // call [ebx]
+];
+/// Opcodes with an 8-bit displacement, then `call rel32`.
+const BRANCHES: &[u8] = &[0x74, 0x75, 0x72, 0x78, 0x7c, 0xe3, 0xe2, 0xe1, 0xeb, 0xe8];
+
+#[derive(Clone, Debug)]
+enum Item {
+    Plain(usize),
+    /// Opcode index, and how many items it jumps over.
+    Branch(usize, usize),
+}
+
+fn item() -> impl Strategy<Value = Item> {
+    prop_oneof![
+        5 => (0..PLAIN.len()).prop_map(Item::Plain),
+        1 => (0..BRANCHES.len(), 0..4usize).prop_map(|(op, over)| Item::Branch(op, over)),
+    ]
+}
+
+fn assemble(items: &[Item]) -> Vec<u8> {
+    let len = |i: &Item| match *i {
+        Item::Plain(n) => PLAIN[n].len(),
+        Item::Branch(op, _) => {
+            if BRANCHES[op] == 0xe8 {
+                5
+            } else {
+                2
+            }
+        }
+    };
+    let mut code = Vec::new();
+    for (n, item) in items.iter().enumerate() {
+        match *item {
+            Item::Plain(p) => code.extend_from_slice(PLAIN[p]),
+            Item::Branch(op, over) => {
+                let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
+                code.push(BRANCHES[op]);
+                if BRANCHES[op] == 0xe8 {
+                    code.extend_from_slice(&(rel as u32).to_le_bytes());
+                } else {
+                    code.push(rel as u8);
+                }
+            }
+        }
+    }
+    code.push(0xc3);
+    code
+}
+
+fn machine(seed: u64) -> Machine {
+    let mut x = seed | 1;
+    let mut random = move || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 16) as u32
+    };
+    let mut gpr = [0; 8];
+    for r in &mut gpr {
+        *r = if random() & 1 == 0 { random() & 0x3ff } else { random() & 0x00ff_ffff };
+    }
+    gpr[4] = 0x0020_0000;
+    let mut m = Machine {
+        gpr,
+        flags: random() & (ARITHMETIC | DF),
+        eip: BASE,
+        hw_sel: [7, 15, 23, 31, 39, 47],
+        mem: std::collections::BTreeMap::new(),
+    };
+    for at in (page::IF_FLAG..0x1000).step_by(4) {
+        m.set_word(at, 0);
+    }
+    m.set_word(page::IF_FLAG, random() & IF);
+    m.set_word(page::HIDDEN_FLAGS, if random() & 7 == 0 { 0x20_0000 } else { 0 });
+    m.set_word(page::PENDING, random() & 1);
+    for n in 0..6 {
+        m.set_word(page::SELECTORS + 4 * n, [0x7b, 0x60, 0x68, 0x7b, 0xd8, 0xe0][n as usize]);
+    }
+    for cr in [page::CR0, page::CR2, page::CR3, page::CR4] {
+        m.set_word(cr, random());
+    }
+    let gdt = 0x0300_0000;
+    m.set_word(page::GDT_BASE, gdt);
+    m.set_word(page::GDT_LIMIT, (random() & 0x3ff) | 7);
+    for n in 0..page::SEGMENT_CACHE_LEN {
+        let (low, high) = (random(), random());
+        m.write(gdt + 8 * n, 4, low);
+        m.write(gdt + 8 * n + 4, 4, high);
+        let entry = page::SEGMENT_CACHE + 16 * n;
+        let stale = random() & 7;
+        m.set_word(entry, low ^ u32::from(stale == 1));
+        m.set_word(entry + 4, high ^ u32::from(stale == 2));
+        m.set_word(entry + 8, 0x1000 + 8 * n + 7);
+        m.set_word(entry + 12, u32::from(stale != 3));
+    }
+    m
+}
+
+struct Words<'a>(&'a mut Machine);
+impl VcpuWords for Words<'_> {
+    fn read(&mut self, offset: u32) -> u32 {
+        self.0.word(offset)
+    }
+    fn write(&mut self, offset: u32, value: u32) {
+        self.0.set_word(offset, value);
+    }
+}
+
+struct Patched {
+    scanned: Scanned,
+    patm: Patm,
+    view: Vec<u8>,
+    traps: usize,
+}
+
+impl Patched {
+    fn code_at(&self, eip: u32) -> Option<Vec<u8>> {
+        for t in self.patm.patches().filter_map(|p| p.trampoline.as_ref()) {
+            if let Some(rest) = t.code.get(eip.wrapping_sub(t.at) as usize..).filter(|r| !r.is_empty()) {
+                return Some(rest.to_vec());
+            }
+        }
+        self.view.get(eip.wrapping_sub(BASE) as usize..).filter(|r| !r.is_empty()).map(<[u8]>::to_vec)
+    }
+
+    /// The monitor interprets one instruction of the original code, then the hardware goes on.
+    fn emulate(&self, m: &mut Machine) {
+        let original = &self.scanned.bytes[(m.eip - BASE) as usize..];
+        assert_eq!(m.step(original, Mode::Bare), Event::Done);
+        m.eip = self.patm.resume_eip(m.eip);
+    }
+
+    /// Turns the state into the guest's at an instruction boundary of the original code.
+    fn to_guest(&self, m: &mut Machine) {
+        match self.patm.locate(m.eip) {
+            Location::Guest | Location::PatchStart(_) => {}
+            Location::MidWindow { forward, .. } => assert!(forward.is_some(), "at {:x}", m.eip),
+            Location::Trampoline { fix, .. } => {
+                let (mut gpr, mut flags) = (m.gpr, m.flags);
+                m.eip = fix.apply(&mut gpr, &mut flags, &mut Words(m));
+                (m.gpr, m.flags) = (gpr, flags);
+            }
+            Location::Stray => panic!("no boundary at {:x}", m.eip),
+        }
+    }
+
+    fn run(&mut self, m: &mut Machine, kicks: u64) {
+        let mut kicks = kicks | 1;
+        for _ in 0..STEPS * 200 {
+            kicks ^= kicks << 13;
+            kicks ^= kicks >> 7;
+            kicks ^= kicks << 17;
+            if kicks >> 20 & 7 == 0 {
+                self.to_guest(m);
+                m.eip = self.patm.resume_eip(m.eip);
+            }
+            let Some(code) = self.code_at(m.eip) else { return };
+            match m.step(&code, Mode::Deprivileged) {
+                Event::Done => {}
+                Event::Fault => {
+                    self.traps += 1;
+                    match self.patm.locate(m.eip) {
+                        Location::MidWindow { forward: Some(eip), .. } => m.eip = eip,
+                        Location::PatchStart(id) => {
+                            assert_eq!(self.patm.get(id).unwrap().tactic, patm::Tactic::TrapByte);
+                            self.emulate(m);
+                        }
+                        other => panic!("fault at {:x}: {other:?}", m.eip),
+                    }
+                }
+                Event::Gate => {
+                    let (_, site, kind) = self.patm.by_reason(m.word(page::GATE_REASON)).unwrap();
+                    if kind == ReasonKind::Emulate {
+                        m.eip = site.at.0;
+                        self.emulate(m);
+                    } else {
+                        assert_eq!(m.word(page::IF_FLAG), IF);
+                        assert_ne!(m.word(page::PENDING), 0);
+                        m.eip = self.patm.resume_eip(site.next().0);
+                    }
+                }
+            }
+        }
+        panic!("the patched program does not end");
+    }
+}
+
+/// Everything the guest can see.
+fn visible(m: &Machine) -> Machine {
+    let mut m = m.clone();
+    for at in (page::SCRATCH..page::GDT_BASE).chain(page::SCRATCH_FLAGS..page::SEGMENT_CACHE) {
+        m.mem.remove(&(VCPU + at));
+    }
+    m
+}
+
+fn compare(items: &[Item], seed: u64, kicks: u64, count_inline: bool) -> Result<usize, TestCaseError> {
+    let code = assemble(items);
+    let mut bare = machine(seed);
+    let mut steps = 0;
+    while let Some(rest) = code.get(bare.eip.wrapping_sub(BASE) as usize..).filter(|r| !r.is_empty()) {
+        prop_assert_eq!(bare.step(rest, Mode::Bare), Event::Done);
+        steps += 1;
+        prop_assume!(steps < STEPS);
+    }
+    let scanned = Scanned::new(&code);
+    let mut patm = Patm::new(patm::Config { count_inline, ..config() });
+    scanned.patch_all(&mut patm);
+    let view = scanned.view(&patm);
+    let mut patched = Patched { scanned, patm, view, traps: 0 };
+    let mut m = machine(seed);
+    patched.run(&mut m, kicks);
+    prop_assert_eq!(visible(&m), visible(&bare));
+    Ok(patched.traps)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #[test]
+    fn a_patched_program_interrupted_anywhere_behaves_like_the_original(
+        items in prop::collection::vec(item(), 1..24), seed: u64, kicks: u64, count: bool,
+    ) {
+        compare(&items, seed, kicks, count)?;
+    }
+}
