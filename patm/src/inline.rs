@@ -167,14 +167,10 @@ fn popf(e: &mut Emitter, next: u32, cx: &Context) {
     e.op(&[0x8b, 0x04, 0x24]); // mov eax, [esp]
     e.op_parts(&[&[0x25], &IF.to_le_bytes()]); // and eax, 200h
     e.store(page::SCRATCH_VALUE, EAX);
-    // Until popfd the flags are the saved ones, so EAX stays marked as saved: restoring them needs it.
-    let restore = e.state.restore;
-    e.load(EAX, page::SCRATCH + 4 * u32::from(EAX));
-    e.state.restore = restore;
+    e.restore(EAX);
     e.op(&[0x9d]); // popfd
     e.commit(next);
     e.state.restore_flags = false;
-    e.state.restore.remove(EAX);
     e.state.finish = Finish::StoreIf;
     e.save(ECX);
     e.load(ECX, page::SCRATCH_VALUE);
