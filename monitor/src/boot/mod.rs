@@ -16,6 +16,7 @@ pub mod elf32;
 mod hostile;
 pub mod layout;
 pub mod multiboot;
+pub mod payload;
 pub mod raw;
 #[cfg(test)]
 mod testram;
