@@ -14,6 +14,7 @@ pub mod interp;
 pub mod iom;
 pub mod outcome;
 pub mod paint;
+pub mod scan;
 pub mod selm;
 pub mod tm;
 pub mod trap;

@@ -1,6 +1,6 @@
 //! The `subring` command.
 
-use std::io::{IsTerminal, Write, stderr, stdout};
+use std::io::{BufWriter, IsTerminal, Write, stderr, stdout};
 use std::path::Path;
 
 use monitor::account::Stats;
@@ -10,6 +10,7 @@ use monitor::cli::{self, Action, Refusal};
 use monitor::config::RunConfig;
 use monitor::outcome::{Ending, ExitCode};
 use monitor::paint::Paint;
+use monitor::scan::{self, ScanError, ScanOptions};
 use monitor::vm;
 
 fn main() -> std::process::ExitCode {
@@ -43,13 +44,23 @@ fn complain(code: ExitCode, line: &str) -> ExitCode {
 fn act(action: Action) -> ExitCode {
     match action {
         Action::Run(config) => run(*config),
-        Action::Scan(_) => complain(ExitCode::HostCannot, "scan is not built yet"),
+        Action::Scan(options) => scan_file(&options),
         Action::Doctor { json } => doctor(json),
         Action::Report { file, symbols } => report_file(&file, symbols.as_deref()),
         Action::BuiltinImage { file } => match std::fs::write(&file, monitor::builtin::image()) {
             Ok(()) => ExitCode::Well,
             Err(error) => complain(ExitCode::Usage, &format!("{}: {error}", file.display())),
         },
+    }
+}
+
+fn scan_file(options: &ScanOptions) -> ExitCode {
+    let mut out = BufWriter::new(stdout().lock());
+    match scan::run(options, &mut out).and_then(|()| Ok(out.flush()?)) {
+        // A reader that went away (`| head`) is no error of ours.
+        Err(ScanError::Write(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Well,
+        Err(error) => complain(ExitCode::Usage, &error.to_string()),
+        Ok(()) => ExitCode::Well,
     }
 }
 

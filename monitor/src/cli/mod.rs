@@ -13,6 +13,7 @@ use crate::config::{
     Trace,
 };
 use crate::outcome::ExitCode;
+use crate::scan::ScanOptions;
 
 /// What to do.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,7 +21,7 @@ pub enum Action {
     /// Run a guest.
     Run(Box<RunConfig>),
     /// Scan a kernel offline.
-    Scan(ScanConfig),
+    Scan(ScanOptions),
     /// Say what this host can do.
     Doctor {
         /// As JSON.
@@ -38,19 +39,6 @@ pub enum Action {
         /// Where to.
         file: PathBuf,
     },
-}
-
-/// What `subring scan` was told.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ScanConfig {
-    /// An ELF32 vmlinux, a bzImage, or a raw binary if `base` is given.
-    pub file: PathBuf,
-    /// Linear address of a raw binary's first byte.
-    pub base: Option<u32>,
-    /// Linear addresses to start from; empty means the file's own entry point.
-    pub entries: Vec<u32>,
-    /// JSON output.
-    pub json: bool,
 }
 
 /// What to show instead of doing something.
@@ -216,6 +204,9 @@ struct ScanArgs {
     /// Start from this linear address; may be repeated
     #[arg(long = "entry", value_name = "ADDR", value_parser = config::parse_number)]
     entries: Vec<u32>,
+    /// The size of the code in bits
+    #[arg(long, value_name = "16|32", default_value_t = 32)]
+    bits: u32,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -250,8 +241,8 @@ pub fn parse(
         Command::Run(args) => {
             run_config(*args, trace_variable).map(|c| Action::Run(Box::new(c))).map_err(Refusal::Mistake)
         }
-        Command::Scan(ScanArgs { file, base, entries, json }) => {
-            Ok(Action::Scan(ScanConfig { file, base, entries, json }))
+        Command::Scan(ScanArgs { file, base, entries, bits, json }) => {
+            Ok(Action::Scan(ScanOptions { file, base, entries, bits, json }))
         }
         Command::Doctor { json } => Ok(Action::Doctor { json }),
         Command::Report { file, symbols } => Ok(Action::Report { file, symbols }),
