@@ -468,10 +468,8 @@ mod tests {
     #[test]
     fn rtc_interrupts_on_irq8() {
         let (mut d, _) = machine();
-        for (i, v) in [(0x0b, 0x12)] {
-            d.port_out(0x70, 1, i, 0);
-            d.port_out(0x71, 1, v, 0);
-        }
+        d.port_out(0x70, 1, 0x0b, 0);
+        d.port_out(0x71, 1, 0x12, 0);
         let at = d.next_deadline(0).unwrap();
         d.run_timers(at);
         assert_eq!(d.acknowledge(), 0x28);
@@ -572,5 +570,51 @@ mod tests {
         assert!(!d.a20());
         d.port_out(0x64, 1, 0xdf, 0);
         assert_eq!(d.port_in(0x92, 1, 0) & 2, 2);
+    }
+
+    /// Ports that have a device, and a few that have none.
+    fn ports() -> impl proptest::strategy::Strategy<Value = u16> {
+        use proptest::prelude::*;
+        prop_oneof![
+            4 => 0x40u16..0x44,
+            2 => 0x60u16..0x72,
+            2 => 0x20u16..0x22,
+            2 => 0xa0u16..0xa2,
+            2 => 0x3f8u16..0x400,
+            2 => 0x3b0u16..0x3e0,
+            1 => 0u16..0x10,
+            1 => 0xcf8u16..0xd00,
+            1 => any::<u16>(),
+        ]
+    }
+
+    proptest::proptest! {
+        /// Whatever a guest does to the ports, at whatever times, no device panics, a deadline that has been served is
+        /// not asked for again at once, and acknowledging always yields a vector of the two chips.
+        #[test]
+        fn no_sequence_of_port_accesses_breaks_the_machine(
+            ops in proptest::collection::vec((ports(), proptest::bool::ANY, 0u8..3, proptest::num::u32::ANY, 0u32..48), 1..300)
+        ) {
+            let (mut d, _) = machine();
+            let mut now = 0u64;
+            for (port, write, size, value, jump) in ops {
+                now = now.saturating_add((1u64 << jump) - 1);
+                if write {
+                    d.port_out(port, 1 << size, value, now);
+                } else {
+                    let got = d.port_in(port, 1 << size, now);
+                    proptest::prop_assert!(size == 2 || got >> (8 << size) == 0);
+                }
+                d.run_timers(now);
+                proptest::prop_assert!(d.next_deadline(now).is_none_or(|at| at > now));
+                d.key(&[value as u8]);
+                d.serial_input(0, &[value as u8]);
+                if d.interrupt_pending() {
+                    let vector = d.acknowledge();
+                    let bases = [d.pic.master.vector_base(), d.pic.slave.vector_base()];
+                    proptest::prop_assert!(bases.contains(&(vector & 0xf8)));
+                }
+            }
+        }
     }
 }

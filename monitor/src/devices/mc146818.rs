@@ -248,7 +248,7 @@ impl Rtc {
         if self.reg_b & B_24_12_BIT != 0 {
             return self.encode(hour);
         }
-        let twelve = (hour + 11) % 12 + 1;
+        let twelve = (hour % 12 + 11) % 12 + 1;
         self.encode(twelve) | if hour >= 12 { HOURS_PM_BIT } else { 0 }
     }
 

@@ -10,5 +10,6 @@ pub mod mc146818;
 pub mod ns16550a;
 pub mod pci_config;
 pub mod port61;
+pub mod serial_backend;
 pub mod system_control;
 pub mod vga_text;
