@@ -1,4 +1,7 @@
 //! Helpers shared by the behaviour tests.
 
+pub mod cache;
 pub mod cpio;
+pub mod harness;
 pub mod initramfs;
+pub mod measure;
