@@ -192,6 +192,7 @@ impl Patm {
         if goes_on {
             let end = window.start().wrapping_add(window.len());
             e.state = Fix::at(end);
+            debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
         }
         e.flush_slow_paths();
@@ -274,7 +275,12 @@ impl Patm {
             id: PatchId(self.next_patch),
             start: GuestLin(window.start()),
             len: window.len() as u8,
-            original: window.insns.iter().flat_map(|i| i.bytes().iter().copied()).collect(),
+            original: window
+                .insns
+                .iter()
+                .flat_map(|i| i.bytes().iter().copied())
+                .chain((0..window.filler).map(|_| HLT))
+                .collect(),
             writes,
             tactic,
             sites,

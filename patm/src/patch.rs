@@ -128,7 +128,7 @@ impl SiteRef {
 pub struct CodeWrite {
     /// Where.
     pub at: GuestLin,
-    /// What; to undo the patch, what the scan copied there before (filler for the slot of a short jump).
+    /// What.
     pub bytes: Vec<u8>,
 }
 
@@ -150,7 +150,8 @@ pub struct Patch {
     pub start: GuestLin,
     /// Length of the window in bytes: nothing in it but `start` may be executed from the code view.
     pub len: u8,
-    /// What the window held: the guest's own bytes.
+    /// What the window shows without the patch: the guest's own bytes, `hlt` for filler, which is not proven code. The
+    /// slot of a short jump is all filler.
     pub original: Vec<u8>,
     /// What the code view must hold: the window first, then the slot of a short jump.
     pub writes: Vec<CodeWrite>,

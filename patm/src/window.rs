@@ -15,6 +15,8 @@ const MAX_LEN: u32 = 32;
 /// Instructions to be done by a trampoline, back to back.
 pub(crate) struct Window {
     pub(crate) insns: Vec<Insn>,
+    /// Bytes of filler behind the last instruction that the jump also covers; 0 unless the flow ends there.
+    pub(crate) filler: u32,
     /// A branch inside goes to an instruction inside other than the first.
     pub(crate) inner_target: bool,
 }
@@ -25,7 +27,7 @@ impl Window {
     }
 
     pub(crate) fn len(&self) -> u32 {
-        self.insns.iter().map(Insn::len).sum()
+        self.insns.iter().map(Insn::len).sum::<u32>() + self.filler
     }
 
     /// Offsets, 1.., at which an instruction starts.
@@ -57,8 +59,14 @@ pub(crate) fn starts(info: &dyn CodeInfo, site: u32) -> Vec<u32> {
 pub(crate) fn window(info: &dyn CodeInfo, start: u32, site: u32, min_len: u32) -> Result<Window, Refusal> {
     let mut insns: Vec<Insn> = Vec::new();
     let mut at = start;
+    let mut filler = 0;
     while at.wrapping_sub(start) < min_len || at <= site {
         if insns.last().is_some_and(|i| !i.falls_through()) {
+            filler = min_len - at.wrapping_sub(start).min(min_len);
+            if at > site && info.is_padding(GuestLin(at), filler) {
+                at = at.checked_add(filler).ok_or(Refusal::NotCode)?;
+                break;
+            }
             return Err(Refusal::EndOfFlow);
         }
         let insn = Insn::decode(info, at).ok_or(Refusal::NotCode)?;
@@ -89,5 +97,5 @@ pub(crate) fn window(info: &dyn CodeInfo, start: u32, site: u32, min_len: u32) -
             return Err(Refusal::BranchTarget); // overlapping code
         }
     }
-    Ok(Window { insns, inner_target })
+    Ok(Window { insns, filler, inner_target })
 }

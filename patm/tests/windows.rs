@@ -58,21 +58,27 @@ fn a_window_does_not_cross_an_unconditional_jump() {
 }
 
 #[test]
-fn a_short_jump_uses_filler_behind_the_ret() {
+fn the_jump_covers_filler_behind_the_end_of_the_flow() {
     // cli; ret; int3 * 8
     let (patm, patch) = patch(&[0xfa, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc], 0);
-    assert_eq!(
-        patch.tactic,
-        Tactic::TrapByte,
-        "the ret would start at a displacement byte that does not trap"
-    );
-    drop(patm);
-    // mov eax, cr0; ret; int3 * 8: three bytes, so nothing starts in the short jump
-    let (patm, patch) = self::patch(&[0x0f, 0x20, 0xc0, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc], 0);
-    assert_eq!(patch.tactic, Tactic::ShortJump);
-    assert_eq!(patch.bytes(), [0xeb, 0x02, 0xf4]);
-    assert_eq!(patch.writes[1].at.0, BASE + 4);
-    assert_eq!(patm.locate(BASE + 4), Location::PatchStart(patch.id));
+    assert_eq!((patch.tactic, patch.len), (Tactic::Pun, 5));
+    assert!(patm::traps(patch.bytes()[1]), "the ret starts there");
+    assert_eq!(patch.original, [0xfa, 0xc3, 0xf4, 0xf4, 0xf4], "filler is not proven code");
+    assert_eq!(patm.contradicts(csam::GuestLin(BASE + 3)), Some(patch.id));
+    assert_eq!(patm.contradicts(csam::GuestLin(BASE + 1)), None);
+}
+
+#[test]
+fn a_short_jump_uses_filler_behind_the_ret() {
+    // call 2f; mov eax, cr0; 1: inc ecx; jne 1b; ret; 2: jmp 1b; int3 * 8
+    let code = [0xe8, 7, 0, 0, 0, 0x0f, 0x20, 0xc0, 0x41, 0x75, 0xfd, 0xc3, 0xeb, 0xfa];
+    let (patm, patch) = patch(&[code.as_slice(), &[0xcc; 8]].concat(), 5);
+    assert_eq!((patch.tactic, patch.len), (Tactic::ShortJump, 3));
+    let slot = patch.writes[1].at.0;
+    assert_eq!(patch.bytes()[0], 0xeb);
+    assert_eq!(u32::from(patch.bytes()[1]), slot - (BASE + 5 + 2));
+    assert_eq!(patm.locate(slot), Location::PatchStart(patch.id));
+    assert_eq!(patm.contradicts(csam::GuestLin(slot)), Some(patch.id));
 }
 
 #[test]
