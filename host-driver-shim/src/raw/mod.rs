@@ -99,6 +99,7 @@ impl RawEngine {
             fx: Box::new(initial_fx()),
             fx_state: FxState::Ours,
             cpuid_faults: false,
+            finished: false,
         };
         if let Some(cpu) = engine.cpu {
             world.pin(cpu)?;
@@ -144,6 +145,8 @@ pub struct RawWorld {
     fx: Box<[u8; 512]>,
     fx_state: FxState,
     cpuid_faults: bool,
+    /// We have sent SIGKILL: it never gets the turn again, even if it is not dead yet.
+    finished: bool,
 }
 
 impl RawWorld {
@@ -189,7 +192,7 @@ impl RawWorld {
         arena.set_commands(&self.commands);
         arena.set(Word::REQUEST, what);
         let word = arena.word(Word::TURN);
-        if self.process.is_dead() {
+        if self.process.is_dead() || self.finished {
             return Err(self.died());
         }
         // A death between that check and this store overwrites neither: the keeper stores DEAD after it sets `dead`,
@@ -205,11 +208,16 @@ impl RawWorld {
         let start = limit.map(|_| Instant::now());
         let mut unanswered = 0;
         loop {
-            if word.load(Ordering::SeqCst) == turn::MONITOR {
+            let whose = word.load(Ordering::SeqCst);
+            if whose == turn::MONITOR {
                 return Ok(());
             }
             if self.process.is_dead() {
                 return Err(self.died());
+            }
+            if whose != turn::WORLD {
+                // Not the keeper's DEAD (it sets `dead` first), so the world wrote it; waiting would not sleep.
+                return Err(self.misbehaved());
             }
             let before = Instant::now();
             futex_wait(word, turn::WORLD, &TICK);
@@ -220,6 +228,7 @@ impl RawWorld {
             let late = matches!((limit, start), (Some(l), Some(s)) if s.elapsed() > l);
             if unanswered > PATIENCE || late {
                 self.process.signal(libc::SIGKILL);
+                self.finished = true;
                 let why = if late { "it was not ready in time" } else { "it did not answer a kick" };
                 return Err(WorldError::Died(String::from(why)));
             }
@@ -231,8 +240,9 @@ impl RawWorld {
     }
 
     /// The world said something that cannot be: it is not ours any more.
-    fn misbehaved(&self) -> WorldError {
+    fn misbehaved(&mut self) -> WorldError {
         self.process.signal(libc::SIGKILL);
+        self.finished = true;
         WorldError::Died(String::from("it did not keep to the protocol"))
     }
 

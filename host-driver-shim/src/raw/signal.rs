@@ -7,7 +7,7 @@
 use std::arch::asm;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use super::arena::{Arena, exit_kind};
+use super::arena::{Arena, GATE, exit_kind};
 use super::entry::{bad_state_address, resume_range, subring_rc_leave, subring_rc_resume};
 use super::rc::{arena, death, die};
 use crate::shared::copy;
@@ -68,6 +68,8 @@ fn in_runtime(signal: i32, code: i32, gregs: &mut [i64; 23], arena: *mut Arena) 
         // Outside the way in nothing is to be done: the way in looks at the flag. Inside it, start it again.
         if resume.contains(&rip) {
             gregs[libc::REG_RIP as usize] = resume.start as i64;
+        } else if rip < FOUR_GIB && !in_stub(rip, arena) {
+            die(death::ESCAPED);
         }
         return;
     }
@@ -90,6 +92,13 @@ fn in_runtime(signal: i32, code: i32, gregs: &mut [i64; 23], arena: *mut Arena) 
         return;
     }
     die(if rip < FOUR_GIB { death::ESCAPED } else { death::RUNTIME })
+}
+
+/// Whether the gate stub was placed in this page. (A guest that lies about it in its vCPU page only delays its end.)
+fn in_stub(rip: u64, arena: *const Arena) -> bool {
+    // SAFETY: in a world the arena is mapped; GATE lies inside the vCPU page, at a multiple of 4.
+    let stub = unsafe { (&raw const (*arena).vcpu).cast::<u32>().add(GATE as usize / 4).read_volatile() };
+    u64::from(stub) & !0xfff == rip & !0xfff
 }
 
 /// Copies the guest's state out of the signal frame and, for what the frame does not hold, out of the hardware.

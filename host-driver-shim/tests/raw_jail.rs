@@ -1,0 +1,197 @@
+//! What a guest that breaks out of its 32 bits finds: nothing, and its end is told at once.
+
+mod common;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+use host_driver_shim::world::{World, WorldError};
+
+/// `jmp 33h:CODE+7`, then this 64-bit code.
+fn escape(code64: &[u8]) -> Vec<u8> {
+    let mut c = vec![0xea];
+    c.extend((CODE + 7).to_le_bytes());
+    c.extend([0x33, 0]);
+    c.extend(code64);
+    c
+}
+
+/// 64-bit code that finds a `syscall` instruction of the runtime by way of the gate stub and jumps to it. The stub is
+/// `mov [moffs64], eax` (9 bytes), `mov rax, imm64`, `jmp [rax]`.
+fn runtime_syscall(nr: u32) -> Vec<u8> {
+    let mut c = vec![0xb9];
+    c.extend(STUB.to_le_bytes()); // mov ecx, STUB
+    c.extend([0x48, 0x8b, 0x49, 11]); // mov rcx, [rcx+11]
+    c.extend([0x48, 0x8b, 0x09]); // mov rcx, [rcx]
+    c.extend([0x48, 0xff, 0xc1]); // 1: inc rcx
+    c.extend([0x66, 0x81, 0x39, 0x0f, 0x05]); // cmp word [rcx], 0x050f
+    c.extend([0x75, 0xf6]); // jne 1b
+    c.push(0xb8);
+    c.extend(nr.to_le_bytes()); // mov eax, nr
+    c.extend([0xff, 0xe1]); // jmp rcx
+    c
+}
+
+/// The end of a world that runs this, at once.
+fn death_of(code: &[u8]) -> String {
+    let mut g = Guest::with(code);
+    let start = Instant::now();
+    let error = g.world.run(&mut regs()).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let again = g.world.run(&mut regs()).unwrap_err();
+    match (error, again) {
+        (WorldError::Died(why), WorldError::Died(_)) => why,
+        (error, again) => panic!("{error}, then {again}"),
+    }
+}
+
+#[test]
+fn a_system_call_from_escaped_code_ends_the_world() {
+    // mov eax, 39 (getpid); syscall
+    let why = death_of(&escape(&[0xb8, 39, 0, 0, 0, 0x0f, 0x05, 0xf4]));
+    assert!(why.contains("left its 32-bit mode"), "{why}");
+}
+
+#[test]
+fn an_exception_in_escaped_code_ends_the_world() {
+    let why = death_of(&escape(&[0x0f, 0x0b]));
+    assert!(why.contains("left its 32-bit mode"), "{why}");
+}
+
+#[test]
+fn forbidden_system_calls_through_the_runtime_are_stopped_by_the_filter() {
+    for nr in [
+        libc::SYS_getpid,
+        libc::SYS_openat,
+        libc::SYS_clone,
+        libc::SYS_execve,
+        libc::SYS_kill,
+        libc::SYS_prctl,
+    ] {
+        let why = death_of(&escape(&runtime_syscall(nr as u32)));
+        assert!(why.contains("forbidden system call"), "{nr}: {why}");
+    }
+}
+
+#[test]
+fn the_runtime_cannot_be_remapped_even_through_its_own_system_calls() {
+    // rdi = the runtime's arena (top of 16 TiB), rsi = 4096, rdx = 7
+    let mut mprotect = vec![0x48, 0xbf];
+    mprotect.extend(0x1000_0000_0000u64.to_le_bytes());
+    mprotect.extend([0xbe, 0, 0x10, 0, 0, 0xba, 7, 0, 0, 0]);
+    for nr in [libc::SYS_mprotect, libc::SYS_munmap, libc::SYS_mmap] {
+        let code = [mprotect.clone(), runtime_syscall(nr as u32)].concat();
+        let why = death_of(&escape(&code));
+        assert!(why.contains("forbidden system call"), "{nr}: {why}");
+    }
+}
+
+#[test]
+fn a_world_that_ends_itself_is_noticed_promptly() {
+    // edi = 0, exit_group
+    let code = [vec![0x31, 0xff], runtime_syscall(libc::SYS_exit_group as u32)].concat();
+    let why = death_of(&escape(&code));
+    assert!(why.contains("status 0"), "{why}");
+}
+
+#[test]
+fn lies_in_the_arena_end_the_world_and_not_the_monitor() {
+    // rax = the arena; [rax] = turn. Claim that it is nobody's turn, wake the monitor by dying of a kick or spinning.
+    for turn in [0u32, 2, 3, 0xffff_ffff] {
+        let mut code = vec![0x48, 0xb8];
+        code.extend(0x1000_0000_0000u64.to_le_bytes());
+        code.extend([0xc7, 0x00]);
+        code.extend(turn.to_le_bytes()); // mov dword [rax], turn
+        code.extend([0xeb, 0xfe]); // jmp $
+        let why = death_of(&escape(&code));
+        assert!(why.contains("protocol"), "{turn}: {why}");
+    }
+}
+
+#[test]
+fn escaped_code_that_spins_is_ended_by_a_kick() {
+    let mut g = Guest::with(&escape(&[0xeb, 0xfe]));
+    let kicker = g.world.kicker();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        kicker.kick();
+    });
+    assert!(matches!(g.world.run(&mut regs()), Err(WorldError::Died(_))));
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_world_holds_three_descriptors_and_no_secret() {
+    assert!(std::env::var_os("PATH").is_some(), "the monitor has an environment to hide");
+    let _open = std::fs::File::open("/proc/self/status").unwrap();
+    let g = Guest::new();
+    let proc = PathBuf::from(format!("/proc/{}", g.world.pid()));
+    let status = std::fs::read_to_string(proc.join("status")).unwrap();
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+    assert!(status.contains("Threads:\t1"));
+    let Ok(fds) = std::fs::read_dir(proc.join("fd")) else {
+        println!("SKIP: an ordinary account cannot look into a world");
+        return;
+    };
+    let mut links: Vec<_> = fds
+        .map(|f| std::fs::read_link(f.unwrap().path()).unwrap().to_string_lossy().into_owned())
+        .map(|l| l.trim_end_matches(" (deleted)").to_string())
+        .collect();
+    links.sort();
+    assert_eq!(links, ["/memfd:subring-arena", "/memfd:subring-code", "/memfd:subring-ram"]);
+    let environ = std::fs::read_to_string(proc.join("environ")).unwrap();
+    assert!(environ.contains("SUBRING_WORLD=1") && !environ.contains("PATH="), "{environ}");
+    let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
+    for line in maps.lines() {
+        let start = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        assert!(start >= 8 << 30, "mapped in the guest's half before the first run: {line}");
+        assert!(!line.contains("memfd") || line.contains("subring-arena"), "{line}");
+    }
+}
+
+fn alive(pid: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.contains(") Z "))
+}
+
+fn gone_soon(pid: &str) -> bool {
+    let start = Instant::now();
+    while alive(pid) && start.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    !alive(pid)
+}
+
+#[test]
+fn a_dropped_world_and_its_process_are_gone() {
+    let g = Guest::new();
+    let pid = g.world.pid().to_string();
+    assert!(alive(&pid));
+    drop(g);
+    assert!(!PathBuf::from(format!("/proc/{pid}")).exists(), "the engine's drop waits for its worlds");
+}
+
+#[test]
+#[ignore = "a part of the next test: a monitor that waits to be killed"]
+fn monitor_to_be_killed() {
+    let mut g = Guest::with(&[0xeb, 0xfe]);
+    println!("\nworld {}", g.world.pid());
+    let _killed = g.world.run(&mut regs());
+}
+
+#[test]
+fn a_killed_monitor_takes_its_running_worlds_along() {
+    let mut monitor = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "monitor_to_be_killed", "--nocapture"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let out = BufReader::new(monitor.stdout.take().unwrap());
+    let pid = out.lines().find_map(|l| l.unwrap().strip_prefix("world ").map(str::to_string)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(alive(&pid));
+    monitor.kill().unwrap();
+    monitor.wait().unwrap();
+    assert!(gone_soon(&pid), "world {pid} outlived its monitor");
+}
