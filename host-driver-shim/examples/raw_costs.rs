@@ -1,4 +1,4 @@
-//! Measures what the raw engine costs on this machine: `cargo run --release -p host-driver-shim --example raw_costs`.
+//! Measures what the raw engine costs on this machine: `cargo run --release -p host-driver-shim --example raw_costs [unpinned]`.
 //!
 //! Each figure is the best and the median of 15 batches, in nanoseconds an operation, monitor and world on one CPU
 //! unless said otherwise.
@@ -62,18 +62,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     println!("{:58} {:>9} {:>9}", "", "best ns", "median ns");
 
-    for (name, cpu) in [("same CPU", Some(0)), ("unpinned", None)] {
+    let unpinned = std::env::args().nth(1).as_deref() == Some("unpinned");
+    {
+        let (name, cpu) = if unpinned { ("unpinned", None) } else { ("same CPU", Some(0)) };
         if let Some(cpu) = cpu {
             pin(cpu)?;
         }
         let engine = RawEngine::new(&ram, &code, cpu)?;
         let run = |w: &mut RawWorld, at| w.run(&mut regs(at)).map(|_| ());
-        if cpu.is_none() {
-            // A new thread does not help: it inherits the binding. So this part runs only when asked for.
-            if std::env::args().nth(1).as_deref() != Some("unpinned") {
-                continue;
-            }
-        }
         println!("-- {name}");
         measure("spawn and drop a world", 10, |_| engine.spawn_world().map(drop))?;
         let mut w = prepare(&engine, page)?;

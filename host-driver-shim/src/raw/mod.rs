@@ -298,9 +298,9 @@ impl World for RawWorld {
         }
         arena.set_regs(regs);
         if self.fx_state == FxState::Ours {
-            let [.., a, b, c, d] = *self.fx.first_chunk::<28>().unwrap_or(&[0; 28]);
-            let mxcsr = u32::from_le_bytes([a, b, c, d]) & MXCSR_BITS;
-            self.fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+            for (byte, real) in self.fx[24..28].iter_mut().zip(MXCSR_BITS.to_le_bytes()) {
+                *byte &= real;
+            }
             arena.set_fx(&self.fx);
         }
         self.hand_over(request::RUN)?;
