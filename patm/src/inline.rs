@@ -298,7 +298,7 @@ fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Co
     e.op(&[0x36, 0x8b, 0x44, 0x08, 0x04]); // mov eax, ss:[eax + ecx + 4]: high half
     e.cache_op(&[0x3b], EAX, 4);
     e.jcc(Cond::NotEqual, slow);
-    // RPL above 0 needs DPL 3; that all descriptors of DPL 0..=2 need RPL <= DPL is left to the monitor.
+    // At CPL 0, RPL 0 may load any DPL and any RPL may load DPL 3. What is between is rare: the monitor decides.
     e.test_page_byte(page::SCRATCH_VALUE, 3);
     e.jcc(Cond::Equal, rpl_fits);
     e.op_parts(&[&[0x25], &0x6000_u32.to_le_bytes()]); // and eax, DPL

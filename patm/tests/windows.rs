@@ -126,3 +126,40 @@ fn an_interrupt_waits_behind_sti() {
     assert!(patm.is_after_sti(BASE + 1));
     assert!(!patm.is_after_sti(BASE + 2));
 }
+
+#[test]
+fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
+    let table: &[(&[u8], Route)] = &[
+        (&[0xfa], Route::InLine),                           // cli
+        (&[0xfb], Route::InLine),                           // sti
+        (&[0x9c], Route::InLine),                           // pushfd
+        (&[0x9d], Route::InLine),                           // popfd
+        (&[0x66, 0x9c], Route::Gate),                       // pushf
+        (&[0x66, 0x9d], Route::Gate),                       // popf
+        (&[0x0e], Route::InLine),                           // push cs
+        (&[0x0f, 0xa0], Route::InLine),                     // push fs
+        (&[0x66, 0x1e], Route::Gate),                       // 16-bit push ds
+        (&[0x1f], Route::InLine),                           // pop ds
+        (&[0x0f, 0xa9], Route::InLine),                     // pop gs
+        (&[0x17], Route::Gate),                             // pop ss
+        (&[0x66, 0x1f], Route::Gate),                       // 16-bit pop ds
+        (&[0x8c, 0xc8], Route::InLine),                     // mov eax, cs
+        (&[0x8c, 0x1b], Route::InLine),                     // mov [ebx], ds
+        (&[0x8e, 0xe0], Route::InLine),                     // mov fs, eax
+        (&[0x8e, 0xd0], Route::Gate),                       // mov ss, eax
+        (&[0x8e, 0x5d, 0x08], Route::InLine),               // mov ds, [ebp+8]
+        (&[0x0f, 0x20, 0xd0], Route::InLine),               // mov eax, cr2
+        (&[0x0f, 0x22, 0xd8], Route::Gate),                 // mov cr3, eax
+        (&[0x2e, 0x8b, 0x03], Route::InLine),               // mov eax, cs:[ebx]
+        (&[0x2e, 0x89, 0x03], Route::Gate),                 // mov cs:[ebx], eax
+        (&[0x0f, 0x01, 0x38], Route::Gate),                 // invlpg [eax]
+        (&[0xe4, 0x60], Route::Gate),                       // in al, 60h
+        (&[0x0f, 0xa2], Route::Gate),                       // cpuid
+        (&[0xcd, 0x80, 0x90, 0x90, 0x90], Route::TrapByte), // int 80h: nothing behind it may be displaced
+    ];
+    for (bytes, route) in table {
+        let code = [bytes, [0x89, 0xc1].as_slice(), &[0x89, 0xca], &[0x89, 0xd3], &[0xc3]].concat();
+        let (_, patch) = patch(&code, 0);
+        assert_eq!(patch.sites[0].route, *route, "{bytes:02x?}");
+    }
+}
