@@ -288,6 +288,7 @@ impl Elf<'_> {
         let start = self.word(offset)? as usize;
         let size = usize::from(self.half(size)?);
         let count = usize::from(self.half(count)?);
+        self.bytes.get(start..start.checked_add(size * count)?)?;
         Some((0..count).filter_map(move |entry| start.checked_add(entry * size)))
     }
 

@@ -383,3 +383,6 @@ fn sweep(image: &Image, map: &CodeMap) -> Sweep {
     }
     found
 }
+
+#[cfg(test)]
+mod tests;
