@@ -9,6 +9,7 @@
 compile_error!("host-driver-shim needs an x86-64 Linux host");
 
 pub mod builtin_guest;
+pub mod capabilities;
 pub mod code_memory;
 pub mod fake;
 pub mod ram;

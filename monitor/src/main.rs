@@ -1,6 +1,6 @@
 //! The `subring` command.
 
-use std::io::{BufWriter, IsTerminal, Write, stderr, stdout};
+use std::io::{BufWriter, Write, stderr, stdout};
 use std::path::Path;
 
 use monitor::account::Stats;
@@ -8,6 +8,7 @@ use monitor::account::report;
 use monitor::account::symbols::Symbols;
 use monitor::cli::{self, Action, Refusal};
 use monitor::config::RunConfig;
+use monitor::doctor;
 use monitor::outcome::{Ending, ExitCode};
 use monitor::paint::Paint;
 use monitor::scan::{self, ScanError, ScanOptions};
@@ -127,6 +128,15 @@ fn report_file(file: &Path, symbols: Option<&Path>) -> ExitCode {
 }
 
 fn doctor(json: bool) -> ExitCode {
-    let _ = (json, stdout().is_terminal());
-    complain(ExitCode::HostCannot, "doctor is not built yet")
+    let diagnosis = doctor::diagnose();
+    let text = if json {
+        match serde_json::to_string_pretty(&diagnosis) {
+            Ok(text) => text + "\n",
+            Err(error) => return complain(ExitCode::HostCannot, &error.to_string()),
+        }
+    } else {
+        doctor::render(&diagnosis, Paint::for_stream(&stdout()))
+    };
+    print(&text);
+    diagnosis.exit_code()
 }
