@@ -167,7 +167,7 @@ impl Segment {
     pub fn is_flat(&self) -> bool {
         self.base == 0
             && self.limit == u32::MAX
-            && !(self.attr.contains(SegAttr::EXPAND_DOWN) && !self.attr.contains(SegAttr::CODE))
+            && (self.attr.contains(SegAttr::CODE) || !self.attr.contains(SegAttr::EXPAND_DOWN))
     }
     /// Usable at all: present.
     #[must_use]
