@@ -3,12 +3,12 @@
 //! 1. [`EscapeFilter`] finds Ctrl-A commands in what is typed; it is a pure function of the bytes.
 //! 2. [`RawTerminal`] switches the terminal to raw mode and back: when dropped, on a panic, and around a stop by
 //!    SIGTSTP. Only SIGKILL leaves it raw.
-//! 3. [`read_input`] and [`watch_signals`] deliver [`TerminalEvent`]s from threads of their own.
+//! 3. [`input_filter`] makes the filter one a serial port can have; [`watch_signals`] delivers signals from a thread.
 //!
 //! Ctrl-A means something if standard input is a terminal, or if the serial port is `mon:stdio` (as `-nographic`
-//! makes it); else a script may send any byte. The end of standard input is an event, not the end of the run.
+//! makes it); else a script may send any byte.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
@@ -18,6 +18,8 @@ use nix::sys::termios::{tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
+
+use crate::config::SerialTarget;
 
 /// Ctrl-A.
 pub const ESCAPE: u8 = 0x01;
@@ -29,8 +31,8 @@ pub const HELP: &str = "\r\nCtrl-A h  this help\r\nCtrl-A x  quit\r\nCtrl-A c  c
 /// What came from the terminal or from a signal.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TerminalEvent {
-    /// Typed bytes for the guest or the console.
-    Bytes(Vec<u8>),
+    /// A byte typed while the console is open.
+    Console(u8),
     /// Ctrl-A b: a break on the serial line.
     Break,
     /// Ctrl-A x.
@@ -39,8 +41,6 @@ pub enum TerminalEvent {
     ToggleConsole,
     /// Ctrl-A h: print [`HELP`].
     Help,
-    /// Standard input ended. The run goes on.
-    End,
     /// SIGINT, SIGTERM or SIGHUP, by number.
     Interrupted(i32),
 }
@@ -94,24 +94,6 @@ impl EscapeFilter {
             b'a' | b'A' | ESCAPE => Some(Typed::Byte(ESCAPE)),
             _ => None,
         }
-    }
-
-    /// Takes a chunk and groups it into events.
-    pub fn feed_all(&mut self, bytes: &[u8]) -> Vec<TerminalEvent> {
-        let mut events: Vec<TerminalEvent> = Vec::new();
-        for typed in bytes.iter().filter_map(|byte| self.feed(*byte)) {
-            match typed {
-                Typed::Byte(byte) => match events.last_mut() {
-                    Some(TerminalEvent::Bytes(run)) => run.push(byte),
-                    _ => events.push(TerminalEvent::Bytes(vec![byte])),
-                },
-                Typed::Break => events.push(TerminalEvent::Break),
-                Typed::Quit => events.push(TerminalEvent::Quit),
-                Typed::ToggleConsole => events.push(TerminalEvent::ToggleConsole),
-                Typed::Help => events.push(TerminalEvent::Help),
-            }
-        }
-        events
     }
 }
 
@@ -216,31 +198,32 @@ fn restore_on_panic() {
     });
 }
 
-/// Reads standard input on a thread of its own until it ends, Ctrl-A commands filtered out if `escape`.
-pub fn read_input(escape: bool, deliver: impl FnMut(TerminalEvent) + Send + 'static) -> io::Result<()> {
-    let stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    thread::Builder::new().name("terminal".into()).spawn(move || pump(stdin, escape, deliver))?;
-    Ok(())
+/// Do Ctrl-A commands apply to a serial port that leads here?
+#[must_use]
+pub fn escape_applies(target: &SerialTarget) -> bool {
+    match target {
+        SerialTarget::Stdio { escape_always } => *escape_always || io::stdin().is_terminal(),
+        _ => false,
+    }
 }
 
-fn pump(mut input: impl Read + AsFd, escape: bool, mut deliver: impl FnMut(TerminalEvent)) {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+/// A serial port's input filter (`InputFilter` of the serial backend): bytes go on to the guest, commands are
+/// delivered. While `to_console` says so, bytes are delivered, too, and the guest gets none.
+pub fn input_filter(
+    escape: bool,
+    to_console: impl Fn() -> bool + Send,
+    mut deliver: impl FnMut(TerminalEvent) + Send,
+) -> impl FnMut(u8, &mut Vec<u8>) + Send {
     let mut filter = EscapeFilter::new(escape);
-    let mut buffer = [0u8; 4096];
-    loop {
-        match input.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => filter.feed_all(&buffer[..count]).into_iter().for_each(&mut deliver),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Somebody who shares the descriptor made it non-blocking.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let _ = poll(&mut [PollFd::new(input.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-            }
-            // A terminal that was hung up reads as an error: it ended.
-            Err(_) => break,
-        }
+    move |byte, to_guest| match filter.feed(byte) {
+        None => {}
+        Some(Typed::Byte(byte)) if to_console() => deliver(TerminalEvent::Console(byte)),
+        Some(Typed::Byte(byte)) => to_guest.push(byte),
+        Some(Typed::Break) => deliver(TerminalEvent::Break),
+        Some(Typed::Quit) => deliver(TerminalEvent::Quit),
+        Some(Typed::ToggleConsole) => deliver(TerminalEvent::ToggleConsole),
+        Some(Typed::Help) => deliver(TerminalEvent::Help),
     }
-    deliver(TerminalEvent::End);
 }
 
 /// Watches signals on a thread of its own: SIGINT, SIGTERM and SIGHUP are delivered as events, and the second of them
@@ -289,44 +272,56 @@ mod tests {
     use super::*;
     use nix::pty::openpty;
 
-    #[test]
-    fn ctrl_a_commands_are_found_between_bytes() {
-        let events = EscapeFilter::new(true).feed_all(b"ab\x01ccd\x01b\x01a\x01x\x01zq");
-        assert_eq!(
-            events,
-            [
-                TerminalEvent::Bytes(b"ab".into()),
-                TerminalEvent::ToggleConsole,
-                TerminalEvent::Bytes(b"cd".into()),
-                TerminalEvent::Break,
-                TerminalEvent::Bytes(b"\x01".into()),
-                TerminalEvent::Quit,
-                TerminalEvent::Bytes(b"q".into()),
-            ]
-        );
+    /// What the guest got and what was delivered, with the console open between two Ctrl-A c.
+    fn typed(escape: bool, bytes: &[u8]) -> (Vec<u8>, Vec<TerminalEvent>) {
+        let mut console = false;
+        let mut filter = EscapeFilter::new(escape);
+        let (mut guest, mut events) = (Vec::new(), Vec::new());
+        for typed in bytes.iter().filter_map(|byte| filter.feed(*byte)) {
+            match typed {
+                Typed::Byte(byte) if console => events.push(TerminalEvent::Console(byte)),
+                Typed::Byte(byte) => guest.push(byte),
+                Typed::ToggleConsole => console = !console,
+                Typed::Break => events.push(TerminalEvent::Break),
+                Typed::Quit => events.push(TerminalEvent::Quit),
+                Typed::Help => events.push(TerminalEvent::Help),
+            }
+        }
+        (guest, events)
     }
 
     #[test]
-    fn a_command_may_be_split_over_two_reads() {
-        let mut filter = EscapeFilter::new(true);
-        assert_eq!(filter.feed_all(b"\x01"), []);
-        assert_eq!(filter.feed_all(b"x"), [TerminalEvent::Quit]);
+    fn ctrl_a_commands_are_found_between_bytes() {
+        let (guest, events) = typed(true, b"ab\x01c?\x01cd\x01b\x01a\x01x\x01zq");
+        assert_eq!(guest, b"abd\x01q");
+        assert_eq!(events, [TerminalEvent::Console(b'?'), TerminalEvent::Break, TerminalEvent::Quit]);
     }
 
     #[test]
     fn a_disabled_filter_passes_every_byte() {
         let bytes: Vec<u8> = (0..=255).collect();
-        assert_eq!(EscapeFilter::new(false).feed_all(&bytes), [TerminalEvent::Bytes(bytes)]);
+        assert_eq!(typed(false, &bytes), (bytes, vec![]));
     }
 
     #[test]
-    fn input_that_ends_is_an_event_after_its_bytes() {
-        let (reader, writer) = nix::unistd::pipe().unwrap();
-        nix::unistd::write(&writer, b"hi\x01x").unwrap();
-        drop(writer);
-        let mut events = Vec::new();
-        pump(std::fs::File::from(reader), true, |event| events.push(event));
-        assert_eq!(events, [TerminalEvent::Bytes(b"hi".into()), TerminalEvent::Quit, TerminalEvent::End]);
+    fn a_serial_filter_tells_the_console_from_the_guest() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let open = Arc::new(AtomicBool::new(false));
+        let (seen, delivered) = std::sync::mpsc::channel();
+        let is_open = open.clone();
+        let mut filter = input_filter(
+            true,
+            move || is_open.load(Ordering::Relaxed),
+            move |event| seen.send(event).unwrap(),
+        );
+        let mut guest = Vec::new();
+        b"hi\x01c".iter().for_each(|byte| filter(*byte, &mut guest));
+        open.store(true, Ordering::Relaxed);
+        filter(b'q', &mut guest);
+        assert_eq!(guest, b"hi");
+        let events: Vec<_> = delivered.try_iter().collect();
+        assert_eq!(events, [TerminalEvent::ToggleConsole, TerminalEvent::Console(b'q')]);
     }
 
     /// One test for everything that uses the one saved terminal, as tests run in parallel.

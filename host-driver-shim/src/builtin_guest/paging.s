@@ -542,5 +542,25 @@ check_double_fault:
     .hidden subring_builtin_guest_begin, subring_builtin_guest_end
     .set subring_builtin_guest_begin, .Lbegin
     .set subring_builtin_guest_end, .Lend
+    # Macros would be seen by whatever assembly follows.
+    .purgem L
+    .purgem TEXT
+    .purgem EXPECT
+    .purgem IS
+    .purgem BITS
+    .purgem ATLEAST
+    .purgem FAULTED
+    .purgem FAULTS
+    .purgem TRAPS
+    .purgem USER
+    .purgem USER_FAULTS
+    .purgem FLAGS
+    .purgem LIMIT
+    .purgem VERIFY
+    .purgem CODE
+    .purgem SNIPPET
+    .purgem SNIPPET_END
+    .purgem U
+    .purgem UONE
     .code64
     .popsection
