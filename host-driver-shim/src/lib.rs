@@ -3,6 +3,7 @@
 //! - [`world`]: what an engine offers ([`world::World`]), and the types of that seam;
 //! - [`ram`]: guest RAM as a memory object; [`code_memory`]: the pool code views and trampolines live in;
 //! - [`raw`]: worlds that run guest code in hardware ring 3 of a jailed process;
+//! - [`native`]: single FPU instructions of a guest on the host CPU; [`native32`]: the CPU as a test oracle;
 //! - [`fake`]: a scripted world for tests of what drives worlds.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
@@ -12,6 +13,8 @@ pub mod builtin_guest;
 pub mod capabilities;
 pub mod code_memory;
 pub mod fake;
+pub mod native;
+pub mod native32;
 pub mod ram;
 pub mod raw;
 mod shared;

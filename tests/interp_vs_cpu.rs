@@ -1,0 +1,576 @@
+//! The interpreter against the real CPU: every user-mode instruction form, random operands, same results.
+//!
+//! Opcodes are enumerated byte by byte (four maps, each prefix, each ModRM group, register and memory), so a form is
+//! covered because it exists, not because somebody listed it. `SUBRING_ITERATIONS` raises the number of rounds,
+//! `SUBRING_SEED` repeats a run; both are printed on failure.
+
+use host_driver_shim::native32::{BATCH, CODE, CODE16, CODE32, Case, DATA, DATA16, DATA32, Native32, PAGE};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind,
+    Register, RflagsBits,
+};
+use monitor::cpum::{CpuState, SegAttr, Segment, cr4, eflags, gpr, seg};
+use monitor::interp::testing::{FlatEnv, flat_cpu};
+use monitor::interp::{Step, step};
+use monitor::trap::Event;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+    /// Values where arithmetic has its corners.
+    fn value(&mut self) -> u32 {
+        let corners = [0, 1, 2, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, u32::MAX];
+        match self.below(4) {
+            0 => corners[self.below(12) as usize],
+            1 => self.next() as u32 & 0xff,
+            _ => self.next() as u32,
+        }
+    }
+    fn float(&mut self) -> f64 {
+        match self.below(10) {
+            0 => 0.0,
+            1 => -0.0,
+            2 => f64::INFINITY,
+            3 => f64::NAN,
+            4 => f64::from_bits(self.next()),
+            5 => f64::MIN_POSITIVE / 8.0,
+            6 => self.value() as i32 as f64,
+            _ => (self.next() as i32) as f64 / 1024.0,
+        }
+    }
+}
+
+/// What the two sides share about one case.
+struct Plan {
+    case: Case,
+    instruction: Instruction,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    Bits32,
+    Bits16,
+}
+
+/// Where the data page is in the addresses of a mode.
+fn data_offset(mode: Mode) -> u32 {
+    if mode == Mode::Bits32 { DATA } else { DATA - CODE }
+}
+
+/// Forms the comparison cannot hold: they leave user mode, ask the host who it is, or load selectors.
+fn excluded(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let features_ok = i.cpuid_features().iter().all(|f| {
+        use CpuidFeature as F;
+        matches!(
+            f,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::CMOV
+                | F::CX8
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FXSR
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::SSE4A
+                | F::AES
+                | F::PCLMULQDQ
+                | F::SHA
+                | F::GFNI
+                | F::POPCNT
+                | F::LZCNT
+                | F::BMI1
+                | F::MOVBE
+                | F::ADX
+                | F::MULTIBYTENOP
+                | F::PREFETCHW
+                | F::PAUSE
+                | F::CLFSH
+                | F::CLFLUSHOPT
+                | F::CET_IBT
+        )
+    });
+    let segment_operand = (0..i.op_count())
+        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register())
+        && i.op0_kind() == OpKind::Register
+        && i.op0_register().is_segment_register()
+        && i.mnemonic() != M::Push;
+    !features_ok
+        || segment_operand
+        || matches!(i.segment_prefix(), Register::FS | Register::GS)
+        || matches!(
+            i.mnemonic(),
+            M::Int | M::Int1 | M::Hlt | M::Syscall | M::Sysenter | M::Cpuid | M::In | M::Out
+                | M::Insb | M::Insw | M::Outsb | M::Outsw | M::Outsd
+                | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw
+                | M::Lar | M::Lsl | M::Verr | M::Verw | M::Lldt | M::Ltr
+                | M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss
+                | M::Retf | M::Iret | M::Iretd
+        )
+        || i.code() == Code::Insd_m32_DX
+        || i.is_call_far() || i.is_jmp_far() || i.is_call_far_indirect() || i.is_jmp_far_indirect()
+        // CR and DR accesses are #GP at CPL 3 on both sides, unless a hypervisor looks first.
+        || (0..2.min(i.op_count())).any(|n| i.op_kind(n) == OpKind::Register && (i.op_register(n).is_cr() || i.op_register(n).is_dr() || i.op_register(n).is_tr()))
+}
+
+/// The FPU environment's pointers and what hardware leaves of them are documented to differ.
+fn writes_fpu_pointers(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), Mnemonic::Fnstenv | Mnemonic::Fnsave | Mnemonic::Fxsave)
+}
+
+fn uses_fpu(i: &Instruction) -> bool {
+    use CpuidFeature as F;
+    i.cpuid_features().iter().any(|f| {
+        !matches!(
+            f,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::CX8
+                | F::POPCNT
+                | F::LZCNT
+                | F::BMI1
+                | F::MOVBE
+        )
+    })
+}
+
+fn extended(v: f64, random: &mut Random) -> [u8; 10] {
+    let bits = v.to_bits();
+    let (exp, frac) = ((bits >> 52 & 0x7ff) as u16, bits << 12 >> 1);
+    let sign = (bits >> 63) as u16;
+    let (e, m) = match exp {
+        0 if frac == 0 => (0, 0),
+        0x7ff => (0x7fff, 1 << 63 | frac),
+        _ => (exp + 15360, 1 << 63 | frac | random.next() & 0x7ff),
+    };
+    let mut b = [0; 10];
+    b[..8].copy_from_slice(&(m as u64).to_le_bytes());
+    b[8..].copy_from_slice(&(e | sign << 15).to_le_bytes());
+    b
+}
+
+fn random_fx(fx: &mut [u8; 512], random: &mut Random) {
+    let masks = if random.one_in(3) { random.next() as u16 & 0x3f } else { 0x3f };
+    let fcw = masks | 0x40 | (random.below(4) as u16) << 10 | [0u16, 2, 3][random.below(3) as usize] << 8;
+    let sticky = random.next() as u16 & 0x3f & if random.one_in(8) { 0x3f } else { masks };
+    let pending = sticky & !masks != 0;
+    let fsw = random.next() as u16 & 0x4700
+        | (random.below(8) as u16) << 11
+        | sticky
+        | if pending { 0x8080 } else { 0 };
+    fx[0..2].copy_from_slice(&fcw.to_le_bytes());
+    fx[2..4].copy_from_slice(&fsw.to_le_bytes());
+    fx[4] = if random.one_in(2) { 0xff } else { random.next() as u8 };
+    let sse_masks = if random.one_in(3) { random.next() as u32 & 0x1f80 } else { 0x1f80 };
+    let mxcsr = sse_masks
+        | (random.below(4) as u32) << 13
+        | if sse_masks == 0x1f80 { random.next() as u32 & 0x803f } else { 0 };
+    fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+    for n in 0..8 {
+        let v = random.float();
+        let e = extended(v, random);
+        fx[32 + 16 * n..42 + 16 * n].copy_from_slice(&e);
+        let x = &mut fx[160 + 16 * n..176 + 16 * n];
+        match random.below(3) {
+            0 => x.chunks_exact_mut(8).for_each(|b| b.copy_from_slice(&random.float().to_le_bytes())),
+            1 => {
+                x.chunks_exact_mut(4).for_each(|b| b.copy_from_slice(&(random.float() as f32).to_le_bytes()))
+            }
+            _ => x.fill_with(|| random.next() as u8),
+        }
+    }
+}
+
+/// Fills in registers and memory for an instruction; patches its displacement where only that decides the address.
+fn plan(mut bytes: Vec<u8>, mode: Mode, random: &mut Random) -> Option<Plan> {
+    let bitness = if mode == Mode::Bits32 { 32 } else { 16 };
+    let start = if mode == Mode::Bits32 { CODE } else { 0 };
+    let decode = |bytes: &[u8]| {
+        let mut d = Decoder::with_ip(bitness, bytes, start.into(), DecoderOptions::NONE);
+        let i = d.decode();
+        let offsets = d.get_constant_offsets(&i);
+        (i, offsets)
+    };
+    let (mut i, offsets) = decode(&bytes);
+    if i.is_invalid() || excluded(&i) {
+        return None;
+    }
+    let mut case = Case::default();
+    let s = &mut case.state;
+    if mode == Mode::Bits16 {
+        (s.cs, s.ds) = (CODE16.into(), DATA16.into());
+    }
+    let page = data_offset(mode);
+    s.eip = start;
+    s.eflags = 0x202 | random.next() as u32 & (eflags::ARITH | eflags::DF);
+    for r in &mut s.gpr {
+        *r = random.value();
+    }
+    let mask16 = |v: u32| if mode == Mode::Bits16 { v & 0xffff } else { v };
+    s.gpr[gpr::ESP] = page + 0x800 + 4 * random.below(64) as u32;
+    for r in [gpr::ESI, gpr::EDI, gpr::EBP, gpr::EBX] {
+        if random.one_in(2) || i.is_string_instruction() {
+            s.gpr[r] = page + random.below(PAGE as u64) as u32;
+        }
+    }
+    if i.has_rep_prefix() || i.has_repne_prefix() {
+        s.gpr[gpr::ECX] = if random.one_in(10) { random.below(6000) } else { random.below(40) } as u32;
+    }
+    if mode == Mode::Bits16 {
+        // The upper half of ESP is not loaded with a 16-bit stack (SDM Vol. 3A, 5.8.?): what reads it cannot be compared.
+        let reads_esp = (0..i.op_count())
+            .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n) == Register::ESP)
+            || i.memory_base() == Register::ESP
+            || matches!(i.mnemonic(), Mnemonic::Pushad | Mnemonic::Enter | Mnemonic::Leave);
+        if reads_esp {
+            return None;
+        }
+    }
+    if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+        let size = i.memory_size().size().max(1) as u32;
+        let mut target = match random.below(20) {
+            0 => page + PAGE as u32 - random.below(u64::from(size) + 1) as u32,
+            1 => random.value(),
+            _ => page + random.below(PAGE as u64 - 512) as u32,
+        };
+        if size >= 16 && !random.one_in(6) {
+            target &= !15;
+        }
+        target = mask16(target);
+        let full = |r: Register| r.full_register32() as usize - Register::EAX as usize;
+        let wide = |r: Register| r.size() == 4;
+        let (base, index) = (i.memory_base(), i.memory_index());
+        if index != Register::None && !wide(index) {
+            s.gpr[full(index)] &= 0xffff;
+        }
+        let index_value =
+            if index == Register::None { 0 } else { s.gpr[full(index)].wrapping_mul(i.memory_index_scale()) };
+        if base != Register::None && base != index {
+            let v = target.wrapping_sub(index_value).wrapping_sub(i.memory_displacement32());
+            s.gpr[full(base)] = if wide(base) { v } else { s.gpr[full(base)] & 0xffff_0000 | v & 0xffff };
+        } else if base == Register::None && offsets.has_displacement() {
+            let v = target.wrapping_sub(index_value).to_le_bytes();
+            let (at, len) = (offsets.displacement_offset(), offsets.displacement_size());
+            bytes[at..at + len].copy_from_slice(&v[..len]);
+            i = decode(&bytes).0;
+        }
+        if i.mnemonic() == Mnemonic::Xlatb {
+            s.gpr[gpr::EBX] = page + random.below(3800) as u32;
+        }
+    }
+    if i.near_branch_target() != 0
+        || i.op0_kind() == OpKind::NearBranch32
+        || i.op0_kind() == OpKind::NearBranch16
+    {
+        let t = i.near_branch_target() as u32;
+        if t.wrapping_sub(start) < 16 {
+            return None;
+        }
+    }
+    for b in &mut case.data {
+        *b = random.next() as u8;
+    }
+    if random.one_in(2) {
+        for chunk in case.data.chunks_exact_mut(8) {
+            match random.below(4) {
+                0 => chunk.copy_from_slice(&random.float().to_le_bytes()),
+                1 => chunk[..4].copy_from_slice(&(random.float() as f32).to_le_bytes()),
+                2 => chunk[..4].copy_from_slice(&random.value().to_le_bytes()),
+                _ => {}
+            }
+        }
+    }
+    if matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd) {
+        // No single-stepping, and no alignment checks in the harness's signal handler.
+        let at = (s.gpr[gpr::ESP] - page) as usize;
+        case.data[at + 1] &= !1;
+        case.data[at + 2] &= !4;
+    }
+    if matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Fxrstor) && random.one_in(2) {
+        for chunk in case.data.chunks_exact_mut(4) {
+            chunk[2..].fill(0);
+        }
+    }
+    if uses_fpu(&i) {
+        random_fx(&mut case.state.fx, random);
+    }
+    case.code[..bytes.len().min(15)].copy_from_slice(&bytes[..bytes.len().min(15)]);
+    // What the decoder did not take must be a trap.
+    case.code[i.len()..].fill(0xf4);
+    Some(Plan { case, instruction: i })
+}
+
+fn guest(case: &Case) -> (CpuState, FlatEnv) {
+    let mut env = FlatEnv::new(CODE, 2 * PAGE);
+    env.memory[..PAGE].fill(0xf4);
+    env.memory[..16].copy_from_slice(&case.code);
+    env.memory[PAGE..].copy_from_slice(&case.data);
+    let s = &case.state;
+    let mut cpu = flat_cpu(3, s.eip, 0);
+    cpu.cr0 |= monitor::cpum::cr0::MP | monitor::cpum::cr0::AM | monitor::cpum::cr0::PG;
+    cpu.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT;
+    cpu.gpr = s.gpr;
+    cpu.eflags = s.eflags;
+    cpu.fpu.0 = s.fx;
+    cpu.seg[seg::CS].selector = CODE32;
+    for n in [seg::DS, seg::ES, seg::SS] {
+        cpu.seg[n].selector = DATA32;
+    }
+    for n in [seg::FS, seg::GS] {
+        cpu.seg[n] = Segment::default();
+    }
+    if s.cs == u32::from(CODE16) {
+        let data =
+            Segment { selector: DATA16, base: CODE, limit: 8191, attr: SegAttr::from_bits_truncate(0xf3) };
+        for n in [seg::DS, seg::ES, seg::SS] {
+            cpu.seg[n] = data;
+        }
+        cpu.seg[seg::CS] =
+            Segment { selector: CODE16, base: CODE, limit: 4095, attr: SegAttr::from_bits_truncate(0xfb) };
+    }
+    (cpu, env)
+}
+
+fn undefined_flags(i: &Instruction) -> u32 {
+    let table = [
+        (RflagsBits::OF, eflags::OF),
+        (RflagsBits::SF, eflags::SF),
+        (RflagsBits::ZF, eflags::ZF),
+        (RflagsBits::AF, eflags::AF),
+        (RflagsBits::CF, eflags::CF),
+        (RflagsBits::PF, eflags::PF),
+    ];
+    let undefined = i.rflags_undefined();
+    table.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, flag)| flag).sum()
+}
+
+/// The first difference between the CPU and the interpreter, in words.
+fn difference(plan: &Plan, native: &Case) -> Option<String> {
+    let i = &plan.instruction;
+    let (mut cpu, mut env) = guest(&plan.case);
+    let start = plan.case.state.eip;
+    let mut outcome = Step::Done;
+    for _ in 0..100 {
+        outcome = step(&mut cpu, &mut env);
+        if outcome != Step::Done || cpu.eip != start {
+            break;
+        }
+    }
+    let n = &native.state;
+    let faulted = n.eip == start;
+    match outcome {
+        Step::Done if faulted => {
+            return Some(format!(
+                "CPU: vector {} code {:#x} cr2 {:#x}; interpreter: done",
+                n.vector, n.error_code, n.cr2
+            ));
+        }
+        Step::Done => {}
+        Step::Raise(Event::Exception(t)) => {
+            if !faulted {
+                return Some(format!("CPU: done; interpreter: {t:x?}"));
+            }
+            let same = u32::from(t.vector) == n.vector
+                && t.error_code.is_none_or(|c| c == n.error_code)
+                && t.cr2.is_none_or(|c| c == n.cr2);
+            if !same {
+                return Some(format!(
+                    "CPU: vector {} code {:#x} cr2 {:#x}; interpreter: {t:x?}",
+                    n.vector, n.error_code, n.cr2
+                ));
+            }
+        }
+        Step::Raise(Event::Software { vector, .. }) => {
+            if u32::from(vector) != n.vector {
+                return Some(format!("CPU: vector {}; interpreter: int {vector}", n.vector));
+            }
+        }
+        other => return Some(format!("interpreter: {other:?}")),
+    }
+    let short = plan.case.state.ds == u32::from(DATA16);
+    for r in 0..8 {
+        let mask = if short && r == gpr::ESP { 0xffff } else { u32::MAX };
+        let undefined_result = matches!(i.mnemonic(), Mnemonic::Bswap) && i.op0_register().size() == 2
+            || matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
+                && i.op0_register().size() == 2
+                && shift_count(plan) > 16;
+        if (cpu.gpr[r] ^ n.gpr[r]) & mask != 0 && !undefined_result {
+            return Some(format!("gpr {r}: CPU {:#x}, interpreter {:#x}", n.gpr[r], cpu.gpr[r]));
+        }
+    }
+    if cpu.eip != n.eip {
+        return Some(format!("eip: CPU {:#x}, interpreter {:#x}", n.eip, cpu.eip));
+    }
+    let flags = (eflags::ARITH | eflags::DF | eflags::TF | eflags::NT | eflags::AC | eflags::ID)
+        & !undefined_flags(i);
+    if (cpu.eflags ^ n.eflags) & flags != 0 {
+        return Some(format!("flags: CPU {:#x}, interpreter {:#x}, of {flags:#x}", n.eflags, cpu.eflags));
+    }
+    let data = &env.memory[PAGE..];
+    if !writes_fpu_pointers(i)
+        && let Some(at) = (0..PAGE).find(|at| data[*at] != native.data[*at])
+    {
+        let end = (at + 8).min(PAGE);
+        return Some(format!(
+            "data+{at:#x}: CPU {:02x?}, interpreter {:02x?}",
+            &native.data[at..end],
+            &data[at..end]
+        ));
+    }
+    let fx = &cpu.fpu.0;
+    let compared = (0..6).chain(24..28).chain((0..8).flat_map(|r| 32 + 16 * r..42 + 16 * r)).chain(160..288);
+    for at in compared {
+        if fx[at] != n.fx[at] {
+            let from = at & !15;
+            return Some(format!(
+                "fx+{at}: CPU {:02x?}, interpreter {:02x?}",
+                &n.fx[from..from + 16],
+                &fx[from..from + 16]
+            ));
+        }
+    }
+    None
+}
+
+fn shift_count(plan: &Plan) -> u32 {
+    let i = &plan.instruction;
+    let count = if i.op2_kind() == OpKind::Immediate8 {
+        i.immediate8().into()
+    } else {
+        plan.case.state.gpr[gpr::ECX]
+    };
+    count & 31
+}
+
+/// Every form once: prefixes, opcode, ModRM by group, and random bytes for the rest.
+fn forms(random: &mut Random) -> Vec<Vec<u8>> {
+    let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+    let mut out = Vec::new();
+    for map in maps {
+        for opcode in 0..=255u8 {
+            for prefix in [None, Some(0x66), Some(0xf3), Some(0xf2)] {
+                for group in 0..8u8 {
+                    for memory in [true, false] {
+                        let mut bytes = Vec::new();
+                        if random.one_in(8) {
+                            bytes.push([0x67, 0x26, 0x2e, 0x36, 0x3e, 0x66][random.below(6) as usize]);
+                        }
+                        if random.one_in(12) && memory {
+                            bytes.push(0xf0);
+                        }
+                        bytes.extend(prefix);
+                        bytes.extend(map);
+                        bytes.push(opcode);
+                        let rm = random.below(8) as u8;
+                        let mode = if memory { random.below(3) as u8 } else { 3 };
+                        bytes.push(mode << 6 | group << 3 | rm);
+                        while bytes.len() < 15 {
+                            bytes.push(random.next() as u8);
+                        }
+                        out.push(bytes);
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn disassemble(i: &Instruction) -> String {
+    let mut text = String::new();
+    NasmFormatter::new().format(i, &mut text);
+    text
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+#[test]
+fn the_interpreter_does_what_the_cpu_does() {
+    let mut native = match Native32::new() {
+        Ok(native) => native,
+        Err(e) => {
+            println!("SKIP: no 32-bit code on this host: {e}");
+            return;
+        }
+    };
+    let seed = number("SUBRING_SEED", 0x5eed);
+    let rounds = number("SUBRING_ITERATIONS", 2);
+    let mut random = Random(seed);
+    let mut covered: BTreeSet<String> = BTreeSet::new();
+    let mut wrong: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut ran = 0u64;
+    for _ in 0..rounds {
+        for mode in [Mode::Bits32, Mode::Bits16] {
+            let all = forms(&mut random);
+            let plans: Vec<Plan> = all.into_iter().filter_map(|b| plan(b, mode, &mut random)).collect();
+            for batch in plans.chunks(BATCH) {
+                let mut cases: Vec<Case> = batch.iter().map(|p| p.case).collect();
+                if let Err(e) = native.run(&mut cases) {
+                    if ran == 0 && mode == Mode::Bits32 {
+                        println!("SKIP: no 32-bit code on this host: {e}");
+                        return;
+                    }
+                    panic!("{e}");
+                }
+                for (plan, result) in batch.iter().zip(&cases) {
+                    ran += 1;
+                    let code = format!("{:?}", plan.instruction.code());
+                    if let Some(why) = difference(plan, result) {
+                        let line = format!(
+                            "{mode:?} {:02x?} {} | eflags {:#x} gpr {:x?}\n      {why}",
+                            &plan.case.code[..plan.instruction.len()],
+                            disassemble(&plan.instruction),
+                            plan.case.state.eflags,
+                            plan.case.state.gpr,
+                        );
+                        wrong.entry(code.clone()).or_default().push(line);
+                    }
+                    covered.insert(code);
+                }
+            }
+        }
+    }
+    println!("{ran} cases, {} instruction forms, seed {seed}", covered.len());
+    for (code, lines) in &wrong {
+        println!("{code}: {} differences", lines.len());
+        for line in lines.iter().take(3) {
+            println!("   {line}");
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} forms differ; SUBRING_SEED={seed} SUBRING_ITERATIONS={rounds} repeats it",
+        wrong.len()
+    );
+    assert!(covered.len() > 1000, "only {} forms were tried", covered.len());
+}
