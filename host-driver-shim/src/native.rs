@@ -263,9 +263,11 @@ fn retarget(instruction: &Instruction) -> Instruction {
 
 /// Instructions that read or write x87 or MMX registers and so meet a pending x87 exception.
 fn touches_x87(i: &Instruction) -> bool {
-    i.cpuid_features().iter().any(|f| {
-        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
-    }) || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm())
+    i.mnemonic() == Mnemonic::Fisttp
+        || i.cpuid_features().iter().any(|f| {
+            matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
+        })
+        || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm())
 }
 
 /// Whether an instruction is on the list of those that may run natively: x87, MMX, SSE to SSE4.2, SSE4A, AES,
@@ -311,7 +313,7 @@ pub fn allowed(i: &Instruction) -> bool {
         _ => false,
     };
     let uses_fpu = || {
-        matches!(i.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Emms)
+        matches!(i.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Emms | Mnemonic::Fisttp)
             || (0..i.op_count()).any(|n| {
                 i.op_kind(n) == OpKind::Register
                     && (i.op_register(n).is_mm() || i.op_register(n).is_xmm() || i.op_register(n).is_st())
