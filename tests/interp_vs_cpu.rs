@@ -15,6 +15,9 @@ use monitor::interp::{Step, step};
 use monitor::trap::Event;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Offset of the instruction in the code page.
+const START: u32 = 0x5c7;
+
 /// SplitMix64.
 struct Random(u64);
 
@@ -212,7 +215,8 @@ fn random_fx(fx: &mut [u8; 512], random: &mut Random) {
 /// Fills in registers and memory for an instruction; patches its displacement where only that decides the address.
 fn plan(mut bytes: Vec<u8>, mode: Mode, random: &mut Random) -> Option<Plan> {
     let bitness = if mode == Mode::Bits32 { 32 } else { 16 };
-    let start = if mode == Mode::Bits32 { CODE } else { 0 };
+    // Not zero, which random branch targets often are: a branch to itself never ends.
+    let start = if mode == Mode::Bits32 { CODE + START } else { START };
     let decode = |bytes: &[u8]| {
         let mut d = Decoder::with_ip(bitness, bytes, start.into(), DecoderOptions::NONE);
         let i = d.decode();
@@ -331,7 +335,7 @@ fn plan(mut bytes: Vec<u8>, mode: Mode, random: &mut Random) -> Option<Plan> {
 fn guest(case: &Case) -> (CpuState, FlatEnv) {
     let mut env = FlatEnv::new(CODE, 2 * PAGE);
     env.memory[..PAGE].fill(0xf4);
-    env.memory[..16].copy_from_slice(&case.code);
+    env.memory[START as usize..START as usize + 16].copy_from_slice(&case.code);
     env.memory[PAGE..].copy_from_slice(&case.data);
     let s = &case.state;
     let mut cpu = flat_cpu(3, s.eip, 0);

@@ -1,6 +1,6 @@
 //! Runs single 16- and 32-bit instructions on the real CPU, in a child process: the oracle of differential tests.
 //!
-//! Each case has a code page full of `hlt` with the instruction at its start, and a data page behind it; nothing else
+//! Each case has a code page full of `hlt` with the instruction where EIP points, and a data page behind it; nothing else
 //! is mapped below 4 GiB around them. Whatever the instruction does ends in an exception: its own, or the #GP of the
 //! `hlt` it arrives at. The signal handler copies the state out. Test support: nothing else uses it.
 
@@ -77,7 +77,7 @@ pub struct Case {
     pub state: State,
     /// The data page: before, and overwritten.
     pub data: [u8; PAGE],
-    /// Bytes of the instruction, put at the start of the code page.
+    /// Bytes of the instruction, put into the code page where EIP points.
     pub code: [u8; 16],
 }
 
@@ -249,7 +249,8 @@ fn child(shared: &mut Shared, count: usize) -> ! {
             shared.at.store(n as u32, Ordering::Relaxed);
             let case = &mut shared.cases[n];
             code.fill(0xf4);
-            code[..16].copy_from_slice(&case.code);
+            let at = (case.state.eip as usize & (PAGE - 1)).min(PAGE - 16);
+            code[at..at + 16].copy_from_slice(&case.code);
             data.copy_from_slice(&case.data);
             CURRENT.store(&raw mut case.state, Ordering::Relaxed);
             enter(&raw const case.state);
@@ -321,6 +322,9 @@ unsafe extern "sysv64" fn enter(state: *const State) {
         "stmxcsr [rsp]",
         "fnstcw [rsp + 4]",
         "mov r15, rdi",
+        // NT survives a signal return and would make `iretq` fault.
+        "push 2",
+        "popfq",
         "lea rax, [rip + 2f]",
         "mov [rip + {resume}], rax",
         "mov [rip + {resume} + 8], rsp",
