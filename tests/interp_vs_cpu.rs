@@ -136,6 +136,10 @@ fn excluded(i: &Instruction) -> bool {
                 | M::Retf | M::Iret | M::Iretd
         )
         || i.code() == Code::Insd_m32_DX
+        // Undefined with a register on AMD, nothing on Intel.
+        || matches!(i.code(), Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D)
+        // A repeat prefix turns the condition round on AMD; nobody documents it.
+        || matches!(i.mnemonic(), M::Loope | M::Loopne) && (i.has_rep_prefix() || i.has_repne_prefix())
         || i.is_call_far() || i.is_jmp_far() || i.is_call_far_indirect() || i.is_jmp_far_indirect()
         // CR and DR accesses are #GP at CPL 3 on both sides, unless a hypervisor looks first.
         || (0..2.min(i.op_count())).any(|n| i.op_kind(n) == OpKind::Register && (i.op_register(n).is_cr() || i.op_register(n).is_dr() || i.op_register(n).is_tr()))
@@ -299,8 +303,8 @@ fn plan(mut bytes: Vec<u8>, mode: Mode, random: &mut Random) -> Option<Plan> {
             return None;
         }
     }
-    for b in &mut case.data {
-        *b = random.next() as u8;
+    for b in case.data.chunks_exact_mut(8) {
+        b.copy_from_slice(&random.next().to_le_bytes());
     }
     if random.one_in(2) {
         for chunk in case.data.chunks_exact_mut(8) {
@@ -388,9 +392,21 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
             break;
         }
     }
+    if env.memory[START as usize..START as usize + 16] != plan.case.code {
+        // It wrote over itself: the interpreter decodes again between steps, the CPU when it likes.
+        return None;
+    }
     let n = &native.state;
     let faulted = n.eip == start;
     match outcome {
+        // Whether masked-out bytes are checked is the CPU's choice.
+        Step::Done
+            if faulted
+                && n.vector != 6
+                && matches!(i.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu) =>
+        {
+            return None;
+        }
         Step::Done if faulted => {
             return Some(format!(
                 "CPU: vector {} code {:#x} cr2 {:#x}; interpreter: done",
@@ -402,9 +418,16 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
             if !faulted {
                 return Some(format!("CPU: done; interpreter: {t:x?}"));
             }
+            let same_cr2 = |cr2: u32| match i.mnemonic() {
+                // Which operand, and which byte of many, is the CPU's choice.
+                Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd => true,
+                Mnemonic::Fldenv | Mnemonic::Frstor | Mnemonic::Fnstenv | Mnemonic::Fnsave => true,
+                Mnemonic::Fxsave | Mnemonic::Fxrstor | Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => true,
+                _ => cr2 == n.cr2,
+            };
             let same = u32::from(t.vector) == n.vector
                 && t.error_code.is_none_or(|c| c == n.error_code)
-                && t.cr2.is_none_or(|c| c == n.cr2);
+                && t.cr2.is_none_or(same_cr2);
             if !same {
                 return Some(format!(
                     "CPU: vector {} code {:#x} cr2 {:#x}; interpreter: {t:x?}",
@@ -418,6 +441,13 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
             }
         }
         other => return Some(format!("interpreter: {other:?}")),
+    }
+    if matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
+        && matches!(i.code().op_code().operand_size(), 16)
+        && shift_count(plan) > 16
+    {
+        // All of it undefined.
+        return None;
     }
     let short = plan.case.state.ds == u32::from(DATA16);
     for r in 0..8 {
@@ -433,8 +463,12 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
     if cpu.eip != n.eip {
         return Some(format!("eip: CPU {:#x}, interpreter {:#x}", n.eip, cpu.eip));
     }
-    let flags = (eflags::ARITH | eflags::DF | eflags::TF | eflags::NT | eflags::AC | eflags::ID)
-        & !undefined_flags(i);
+    let mut flags = eflags::ARITH | eflags::DF | eflags::TF | eflags::NT | eflags::AC | eflags::ID;
+    flags &= !undefined_flags(i);
+    if faulted && i.is_string_instruction() {
+        // Intel restores the flags when a repeated comparison faults, AMD leaves those of the last iteration.
+        flags &= !eflags::ARITH;
+    }
     if (cpu.eflags ^ n.eflags) & flags != 0 {
         return Some(format!("flags: CPU {:#x}, interpreter {:#x}, of {flags:#x}", n.eflags, cpu.eflags));
     }
@@ -451,8 +485,18 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
     }
     let fx = &cpu.fpu.0;
     let compared = (0..6).chain(24..28).chain((0..8).flat_map(|r| 32 + 16 * r..42 + 16 * r)).chain(160..288);
+    let simd_fault = faulted && n.vector == 19;
     for at in compared {
-        if fx[at] != n.fx[at] {
+        let mut differing = fx[at] ^ n.fx[at];
+        if simd_fault && at == 24 {
+            // PE beside an unmasked overflow or underflow (see `interp::fpu`).
+            differing &= !0x20;
+        }
+        if simd_fault && ((2..6).contains(&at) || (32..160).contains(&at)) {
+            // Whether MMX state is entered (TOP = 0) before the exception is the CPU's choice.
+            differing = 0;
+        }
+        if differing != 0 {
             let from = at & !15;
             return Some(format!(
                 "fx+{at}: CPU {:02x?}, interpreter {:02x?}",
@@ -528,7 +572,7 @@ fn the_interpreter_does_what_the_cpu_does() {
         }
     };
     let seed = number("SUBRING_SEED", 0x5eed);
-    let rounds = number("SUBRING_ITERATIONS", 2);
+    let rounds = number("SUBRING_ITERATIONS", 1);
     let mut random = Random(seed);
     let mut covered: BTreeSet<String> = BTreeSet::new();
     let mut wrong: BTreeMap<String, Vec<String>> = BTreeMap::new();

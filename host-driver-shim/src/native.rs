@@ -313,12 +313,20 @@ pub fn allowed(i: &Instruction) -> bool {
         _ => false,
     };
     let uses_fpu = || {
-        matches!(i.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Emms | Mnemonic::Fisttp)
-            || (0..i.op_count()).any(|n| {
-                i.op_kind(n) == OpKind::Register
-                    && (i.op_register(n).is_mm() || i.op_register(n).is_xmm() || i.op_register(n).is_st())
-            })
-            || i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+        matches!(
+            i.mnemonic(),
+            Mnemonic::Rdrand
+                | Mnemonic::Rdseed
+                | Mnemonic::Emms
+                | Mnemonic::Fisttp
+                | Mnemonic::Cvtss2si
+                | Mnemonic::Cvttss2si
+                | Mnemonic::Cvtsd2si
+                | Mnemonic::Cvttsd2si
+        ) || (0..i.op_count()).any(|n| {
+            i.op_kind(n) == OpKind::Register
+                && (i.op_register(n).is_mm() || i.op_register(n).is_xmm() || i.op_register(n).is_st())
+        }) || i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
     };
     !i.cpuid_features().is_empty()
         && i.cpuid_features().iter().all(computes)

@@ -206,11 +206,12 @@ impl Exec<'_> {
 
     pub(super) fn arpl(&mut self) -> Res<Flow> {
         self.need_selectors()?;
-        let dst = if self.is_mem(0) { self.load_for_update(self.place(), 2)? } else { self.get(0)? };
+        let dst = if self.is_mem(0) { self.load(self.place(), 2)? } else { self.get(0)? };
         let rpl = self.get(1)? & 3;
         let raise = dst & 3 < rpl;
-        let v = if raise { dst & !3 | rpl } else { dst };
-        if self.is_mem(0) {
+        // Memory is written only when the RPL rises: CPUs take a write fault only then.
+        let v = dst & !3 | rpl;
+        if raise && self.is_mem(0) {
             self.store(self.place(), 2, v)?;
         } else if raise {
             let r = self.i.op0_register().full_register32() as usize - Register::EAX as usize;

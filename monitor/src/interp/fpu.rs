@@ -4,8 +4,8 @@
 //! instruction runs; if one the guest has unmasked turns up, its result is dropped and #XM raised. x87 instructions run
 //! with the guest's own masks, because an unmasked x87 exception waits for the next x87 instruction anyway.
 //!
-//! Not exact: an unmasked SSE underflow is raised only where the masked response would have set UE (tiny and inexact),
-//! and CR0.NE = 0 (external IRQ 13) is treated as NE = 1.
+//! Not exact: PE beside an unmasked SSE overflow or underflow is that of the masked response, and CR0.NE = 0 (external
+//! IRQ 13) is treated as NE = 1.
 
 use super::operand::{Access, Place};
 use super::{Exec, Flow, Res};
@@ -14,6 +14,11 @@ use crate::trap::Trap;
 use host_driver_shim::native::{self, BOUNCE, NativeError, NativeFpu, NativeRegs};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic as M, OpKind};
 use std::cell::RefCell;
+
+/// MXCSR: underflow masked.
+const MXCSR_UM: u32 = 1 << 11;
+/// MXCSR: flush to zero.
+const MXCSR_FTZ: u32 = 1 << 15;
 
 thread_local! {
     static NATIVE: RefCell<Option<NativeFpu>> = const { RefCell::new(None) };
@@ -52,7 +57,9 @@ fn class(i: &Instruction) -> Class {
         Class::Plain
     } else if i.mnemonic() == M::Fisttp || features.iter().any(x87) {
         Class::X87
-    } else if any(|r| r.is_xmm()) {
+    } else if any(|r| r.is_xmm())
+        || matches!(i.mnemonic(), M::Cvtpd2pi | M::Cvttpd2pi | M::Cvtps2pi | M::Cvttps2pi)
+    {
         Class::Sse
     } else if any(|r| r.is_mm()) || i.mnemonic() == M::Emms {
         // MMX registers only, SSE extensions of MMX included: OSFXSR does not matter.
@@ -74,7 +81,15 @@ fn stores(i: &Instruction) -> bool {
 fn unaligned_ok(m: M) -> bool {
     matches!(
         m,
-        M::Movups
+        // SHA: AMD allows any address, Intel documents #GP.
+        M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha1nexte
+            | M::Sha1rnds4
+            | M::Sha256msg1
+            | M::Sha256msg2
+            | M::Sha256rnds2
+            | M::Movups
             | M::Movupd
             | M::Movdqu
             | M::Lddqu
@@ -170,8 +185,10 @@ impl Exec<'_> {
         }
         let mut fx = self.cpu.fpu;
         let mxcsr = fx.u32_at(24);
-        // The masked run shows in the sticky bits what happened in it and nothing else.
-        fx.set_bytes(24, &(mxcsr & !0x3f | 0x1f80).to_le_bytes());
+        // The masked run shows in the sticky bits what happened in it and nothing else. Masked, an exact tiny result is no
+        // underflow, but unmasked it is: flush-to-zero shows it, and its result is dropped then.
+        let flush = if mxcsr & MXCSR_UM == 0 { MXCSR_FTZ } else { mxcsr & MXCSR_FTZ };
+        fx.set_bytes(24, &(mxcsr & !(0x3f | MXCSR_FTZ) | 0x1f80 | flush).to_le_bytes());
         match with_native(|native| native.execute(self.i, &mut fx.0, &mut regs)) {
             Some(Ok(())) => {}
             Some(Err(NativeError::Pending)) => return Err(Trap::MF),
@@ -189,9 +206,15 @@ impl Exec<'_> {
         fx.set_bytes(24, &(mxcsr | raised).to_le_bytes());
         // An unmasked invalid, overflow or underflow keeps an x87 store from writing (SDM Vol. 1, 8.5).
         let suppressed = class == Class::X87 && fx.unmasked_x87() & 0x19 != 0;
-        if let (Some(at), true, false) = (at, store, suppressed) {
-            let data = regs.memory.get(..size).unwrap_or_default();
-            self.write_bytes_aligned(at, data, natural(size))?;
+        if let (Some(at), true) = (at, store) {
+            if suppressed {
+                let lin = self.linear_aligned(at, size as u32, Access::Write, natural(size))?;
+                let privilege = self.privilege();
+                self.env.probe_write(self.cpu, lin, size as u32, privilege)?;
+            } else {
+                let data = regs.memory.get(..size).unwrap_or_default();
+                self.write_bytes_aligned(at, data, natural(size))?;
+            }
         }
         // Instruction and operand pointers: the guest's, not those of the native run.
         let old = self.cpu.fpu.0;
@@ -212,8 +235,8 @@ impl Exec<'_> {
     fn fpu_operand(&self, class: Class, size: usize) -> Res<Place> {
         let at = self.place();
         if class == Class::Sse && size == 16 && !unaligned_ok(self.i.mnemonic()) {
-            let lin = self.linear_aligned(at, 16, Access::Read, 1)?;
-            if lin.0 & 15 != 0 {
+            // Before the limit: CPUs answer #GP where both apply and the segment is SS.
+            if self.cpu.seg[at.seg].base.wrapping_add(at.off) & 15 != 0 {
                 return Err(Trap::gp(0));
             }
         }
@@ -231,9 +254,11 @@ impl Exec<'_> {
         let m = if narrow { 0xffff } else { u32::MAX };
         let seg = super::operand::seg_index(self.i.memory_segment());
         let off = self.cpu.gpr[crate::cpum::gpr::EDI] & m;
-        let (base, stride, len) = if quad { (32, 16, 8) } else { (160, 16, 16) };
+        let len = if quad { 8 } else { 16 };
         let bytes = |e: &Self, n: u32| {
-            let at = base + stride * e.i.op_register(n).number();
+            let r = e.i.op_register(n).number();
+            // MMX registers are physical x87 registers, which the image orders by TOP.
+            let at = if quad { 32 + 16 * ((r + 8 - e.cpu.fpu.top()) & 7) } else { 160 + 16 * (r & 7) };
             e.cpu.fpu.0.get(at..at + len).map(<[u8]>::to_vec).unwrap_or_default()
         };
         let (data, select) = (bytes(self, 1), bytes(self, 2));

@@ -19,7 +19,8 @@ const MXCSR: usize = 24;
 const ST0: usize = 32;
 
 impl FxState {
-    fn top(&self) -> usize {
+    /// TOP of the status word.
+    pub(super) fn top(&self) -> usize {
         usize::from(self.u16_at(FSW) >> 11 & 7)
     }
 
@@ -311,6 +312,7 @@ impl Exec<'_> {
         }
         image[12..16].fill(0);
         image[20..24].fill(0);
+        image[5] = 0;
         self.cpu.fpu.set_bytes(0, &image);
         let fcw = self.cpu.fpu.u16_at(FCW);
         self.set_fcw(fcw);
