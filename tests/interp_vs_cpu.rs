@@ -179,7 +179,7 @@ fn extended(v: f64, random: &mut Random) -> [u8; 10] {
         _ => (exp + 15360, 1 << 63 | frac | random.next() & 0x7ff),
     };
     let mut b = [0; 10];
-    b[..8].copy_from_slice(&(m as u64).to_le_bytes());
+    b[..8].copy_from_slice(&m.to_le_bytes());
     b[8..].copy_from_slice(&(e | sign << 15).to_le_bytes());
     b
 }
@@ -491,6 +491,10 @@ fn difference(plan: &Plan, native: &Case) -> Option<String> {
         if simd_fault && at == 24 {
             // PE beside an unmasked overflow or underflow (see `interp::fpu`).
             differing &= !0x20;
+            if matches!(i.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd) {
+                // An exception of its first operation keeps the others from happening.
+                differing &= !0x3f;
+            }
         }
         if simd_fault && ((2..6).contains(&at) || (32..160).contains(&at)) {
             // Whether MMX state is entered (TOP = 0) before the exception is the CPU's choice.

@@ -3,7 +3,7 @@
 //! FCS and FDS are stored as zero, as CPUs with CPUID.7.EBX[13] do; the x87 opcode field is zero, too.
 
 use super::fpu::{Class, with_native};
-use super::operand::Place;
+use super::operand::{Access, Place};
 use super::{Exec, Flow, Res};
 use crate::cpum::{FxState, cr0};
 use crate::trap::Trap;
@@ -279,18 +279,22 @@ impl Exec<'_> {
     }
 
     /// CR0.EM or TS: #NM; the operand must be 16-byte aligned (SDM Vol. 2A "FXSAVE").
-    fn fx_operand(&self) -> Res<Place> {
+    fn fx_operand(&self, access: Access) -> Res<Place> {
         if self.cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
             return Err(Trap::NM);
         }
         let at = self.place();
-        let lin = self.linear_aligned(at, 512, super::operand::Access::Read, 1)?;
+        let lin = self.linear_aligned(at, 512, access, 1)?;
         if lin.0 & 15 != 0 { Err(Trap::gp(0)) } else { Ok(at) }
     }
 
     /// FXSAVE without REX.W: 32-bit pointers, XMM0-XMM7; the rest of the area is left as it is.
     fn fxsave(&mut self) -> Res<Flow> {
-        let at = self.fx_operand()?;
+        let at = self.fx_operand(Access::Write)?;
+        // All 512 bytes must be writable, though the CPU leaves the last ones alone.
+        let lin = self.linear_aligned(at, 512, Access::Write, 1)?;
+        let privilege = self.privilege();
+        self.env.probe_write(self.cpu, lin, 512, privilege)?;
         let mut image = [0u8; 288];
         if let Some(known) = self.cpu.fpu.0.get(..288) {
             image.copy_from_slice(known);
@@ -303,9 +307,11 @@ impl Exec<'_> {
     }
 
     fn fxrstor(&mut self) -> Res<Flow> {
-        let at = self.fx_operand()?;
+        let at = self.fx_operand(Access::Read)?;
+        let mut area = [0u8; 512];
+        self.read_bytes_aligned(at, &mut area, 1)?;
         let mut image = [0u8; 288];
-        self.read_bytes_aligned(at, &mut image, 1)?;
+        image.copy_from_slice(&area[..288]);
         let [m0, m1, m2, m3] = [image[24], image[25], image[26], image[27]];
         if u32::from_le_bytes([m0, m1, m2, m3]) & !mxcsr_mask() != 0 {
             return Err(Trap::gp(0));

@@ -334,3 +334,90 @@ fn hidden_instructions_are_undefined() {
         assert_eq!(step(&mut cpu, &mut env), raised(Trap::UD), "{code:02x?}");
     }
 }
+
+fn fpu_machine(code: &[u8]) -> (CpuState, FlatEnv) {
+    let (mut cpu, env) = machine(code);
+    cpu.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT;
+    (cpu, env)
+}
+
+#[test]
+fn task_switched_makes_fpu_instructions_device_not_available() {
+    let codes: [&[u8]; 4] = [&[0xd9, 0xe8], &[0x0f, 0x77], &[0x0f, 0x58, 0xc1], &[0x0f, 0xae, 0x00]];
+    for code in codes {
+        let (mut cpu, mut env) = fpu_machine(code);
+        cpu.cr0 |= cr0::TS;
+        assert_eq!(step(&mut cpu, &mut env), raised(Trap::NM), "{code:02x?}");
+    }
+}
+
+#[test]
+fn wait_looks_at_ts_only_with_mp() {
+    let (mut cpu, mut env) = fpu_machine(&[0x9b]);
+    cpu.cr0 |= cr0::TS;
+    assert_eq!(step(&mut cpu, &mut env), Step::Done);
+    cpu.eip = 0x1000;
+    cpu.cr0 |= cr0::MP;
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::NM));
+}
+
+#[test]
+fn sse_without_osfxsr_or_with_em_is_undefined() {
+    let (mut cpu, mut env) = machine(&[0x0f, 0x58, 0xc1]);
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::UD));
+    cpu.cr4 = cr4::OSFXSR;
+    cpu.cr0 |= cr0::EM;
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::UD));
+}
+
+#[test]
+fn an_unmasked_x87_exception_waits_for_the_next_waiting_instruction() {
+    // fldz; fldz; fdivp (invalid, unmasked); fnstsw ax; fld1
+    let (mut cpu, mut env) = fpu_machine(&[0xd9, 0xee, 0xd9, 0xee, 0xde, 0xf9, 0xdf, 0xe0, 0xd9, 0xe8]);
+    cpu.fpu.0[0] = 0x7e;
+    for _ in 0..4 {
+        assert_eq!(step(&mut cpu, &mut env), Step::Done);
+    }
+    assert_eq!(cpu.gpr[gpr::EAX] & 0x81, 0x81);
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::MF));
+    assert_eq!(cpu.eip, 0x1008);
+}
+
+#[test]
+fn an_unmasked_sse_exception_drops_the_result() {
+    let (mut cpu, mut env) = fpu_machine(&[0xf3, 0x0f, 0x5e, 0xc1]); // divss xmm0, xmm1
+    cpu.fpu.0[160..164].copy_from_slice(&1f32.to_le_bytes());
+    cpu.fpu.0[24..28].copy_from_slice(&0x1d80u32.to_le_bytes());
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::XM));
+    assert_eq!(cpu.fpu.0[160..164], 1f32.to_le_bytes());
+    assert_eq!(cpu.fpu.0[24], 0x84);
+    cpu.cr4 = cr4::OSFXSR;
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::UD));
+}
+
+#[test]
+fn what_fnsave_wrote_frstor_brings_back_in_both_formats() {
+    // fld1; fldz; fnsave [0x2000]; frstor [0x2000], with 32-bit and with 16-bit operands
+    let formats: [&[u8]; 2] = [
+        &[0xd9, 0xe8, 0xd9, 0xee, 0xdd, 0x35, 0, 0x20, 0, 0, 0xdd, 0x25, 0, 0x20, 0, 0],
+        &[0xd9, 0xe8, 0xd9, 0xee, 0x66, 0xdd, 0x35, 0, 0x20, 0, 0, 0x66, 0xdd, 0x25, 0, 0x20, 0, 0],
+    ];
+    for code in formats {
+        let (mut cpu, mut env) = fpu_machine(code);
+        step(&mut cpu, &mut env);
+        step(&mut cpu, &mut env);
+        let before = cpu.fpu;
+        assert_eq!(step(&mut cpu, &mut env), Step::Done);
+        assert_eq!((cpu.fpu.0[2], cpu.fpu.0[4]), (0, 0), "initialised by fnsave");
+        assert_eq!(step(&mut cpu, &mut env), Step::Done);
+        assert_eq!(cpu.fpu.0[..6], before.0[..6]);
+        assert_eq!(cpu.fpu.0[32..160], before.0[32..160]);
+    }
+}
+
+#[test]
+fn fxsave_needs_an_aligned_operand() {
+    let (mut cpu, mut env) = fpu_machine(&[0x0f, 0xae, 0x00]);
+    cpu.gpr[gpr::EAX] = 0x2008;
+    assert_eq!(step(&mut cpu, &mut env), raised(Trap::gp(0)));
+}
