@@ -1,0 +1,255 @@
+//! The machine around the virtual CPU: guest RAM, devices, time and policy, as the interpreter sees them ([`Env`]).
+
+use crate::cpuid_msr::{CpuPolicy, WrmsrEffect};
+use crate::cpum::{CpuState, seg};
+use crate::env::{Env, PagingChange, Privilege};
+use crate::iom::Devices;
+use crate::pgm::walk::{Access, PhysMemory, walk};
+use crate::tm::Clock;
+use crate::trap::Trap;
+use csam::{GuestLin, GuestPhys};
+use host_driver_shim::ram::GuestRam;
+
+/// A write that hit a frame with copies in a code view.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CodeWrite {
+    /// First byte written.
+    pub at: GuestPhys,
+    /// Bytes written, not crossing the page.
+    pub len: u32,
+}
+
+/// Everything a guest has besides its CPU.
+pub struct Machine {
+    /// Guest RAM from GuestPhys 0, without holes.
+    pub ram: GuestRam,
+    /// All devices.
+    pub devices: Devices,
+    /// CPUID and MSRs.
+    pub policy: CpuPolicy,
+    /// Virtual time.
+    pub clock: Clock,
+    /// For each frame: how many code-view copies of it exist. Writes to such a frame must be seen.
+    tracked: Vec<u16>,
+    /// Writes seen since the engine last looked.
+    pub code_writes: Vec<CodeWrite>,
+    /// Flushes since the engine last looked.
+    pub paging_changes: Vec<PagingChange>,
+    /// A device was accessed: deadlines and interrupt lines may have changed.
+    pub devices_touched: bool,
+}
+
+impl Machine {
+    /// Puts a machine together.
+    pub fn new(ram: GuestRam, devices: Devices, policy: CpuPolicy, clock: Clock) -> Machine {
+        let frames = (ram.size() >> 12) as usize;
+        Machine {
+            ram,
+            devices,
+            policy,
+            clock,
+            tracked: vec![0; frames],
+            code_writes: Vec::new(),
+            paging_changes: Vec::new(),
+            devices_touched: true,
+        }
+    }
+
+    /// Number of 4 KiB frames of RAM.
+    #[must_use]
+    pub fn frames(&self) -> u32 {
+        self.tracked.len() as u32
+    }
+
+    /// Frame `pfn` is RAM.
+    #[must_use]
+    pub fn is_ram(&self, frame: GuestPhys) -> bool {
+        frame.0 < self.ram.size()
+    }
+
+    /// Frame `pfn` has copies in a code view.
+    #[must_use]
+    pub fn is_tracked(&self, pfn: u32) -> bool {
+        self.tracked.get(pfn as usize).is_some_and(|&n| n != 0)
+    }
+
+    /// One more copy of frame `pfn` exists; true if it is the first.
+    pub fn track(&mut self, pfn: u32) -> bool {
+        match self.tracked.get_mut(pfn as usize) {
+            Some(n) => {
+                *n += 1;
+                *n == 1
+            }
+            None => false,
+        }
+    }
+
+    /// One copy less of frame `pfn`.
+    pub fn untrack(&mut self, pfn: u32) {
+        if let Some(n) = self.tracked.get_mut(pfn as usize) {
+            *n = n.saturating_sub(1);
+        }
+    }
+
+    /// Reads RAM; bytes beyond its end read as ones.
+    pub fn read_ram(&self, at: GuestPhys, buf: &mut [u8]) {
+        if self.ram.read(at.0, buf).is_none() {
+            for (i, b) in buf.iter_mut().enumerate() {
+                let mut one = [0xffu8];
+                let _ = self.ram.read(at.0.wrapping_add(i as u64), &mut one);
+                *b = one[0];
+            }
+        }
+    }
+
+    /// Writes RAM and notes a write to code; bytes beyond the end are dropped. Must not cross a page.
+    pub fn write_ram(&mut self, at: GuestPhys, data: &[u8]) {
+        if self.ram.write(at.0, data).is_some() && self.is_tracked((at.0 >> 12) as u32) {
+            self.code_writes.push(CodeWrite { at, len: data.len() as u32 });
+        }
+    }
+
+    /// Translates every page of an access; nothing is accessed unless all of it may be.
+    fn translate(&self, cpu: &CpuState, at: GuestLin, len: usize, access: Access) -> Result<Chunks, Trap> {
+        let mut chunks = Chunks { list: [(GuestPhys(0), 0); 3], n: 0 };
+        let mut lin = at;
+        let mut left = len;
+        while left > 0 {
+            let leaf = walk(self, cpu, lin, access).map_err(|code| Trap::pf(code, lin.0))?;
+            let here = left.min(0x1000 - lin.page_offset());
+            if chunks.n == chunks.list.len() {
+                // No instruction accesses more than two pages at once; string instructions are split by the caller.
+                return Err(Trap::gp(0));
+            }
+            chunks.list[chunks.n] = (leaf.frame.wrapping_add(lin.page_offset() as u64), here);
+            chunks.n += 1;
+            lin = lin.wrapping_add(here as u32);
+            left -= here;
+        }
+        Ok(chunks)
+    }
+}
+
+struct Chunks {
+    list: [(GuestPhys, usize); 3],
+    n: usize,
+}
+
+impl PhysMemory for Machine {
+    fn read_u32(&self, at: GuestPhys) -> u32 {
+        let mut b = [0xff; 4];
+        let _ = self.ram.read(at.0, &mut b);
+        u32::from_le_bytes(b)
+    }
+    fn write_u32(&self, at: GuestPhys, value: u32) {
+        // A and D bits in page tables: a table frame that also holds scanned code would be odd, and its code bytes
+        // are not where the entry is.
+        let _ = self.ram.write(at.0, &value.to_le_bytes());
+    }
+}
+
+impl Env for Machine {
+    fn read(
+        &mut self,
+        cpu: &CpuState,
+        at: GuestLin,
+        buf: &mut [u8],
+        privilege: Privilege,
+    ) -> Result<(), Trap> {
+        let chunks = self.translate(cpu, at, buf.len(), Access::read(privilege))?;
+        let mut done = 0;
+        for &(phys, n) in &chunks.list[..chunks.n] {
+            self.read_ram(phys, &mut buf[done..done + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, cpu: &CpuState, at: GuestLin, data: &[u8], privilege: Privilege) -> Result<(), Trap> {
+        let chunks = self.translate(cpu, at, data.len(), Access::write(privilege))?;
+        let mut done = 0;
+        for &(phys, n) in &chunks.list[..chunks.n] {
+            self.write_ram(phys, &data[done..done + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn probe_write(
+        &mut self,
+        cpu: &CpuState,
+        at: GuestLin,
+        len: u32,
+        privilege: Privilege,
+    ) -> Result<(), Trap> {
+        self.translate(cpu, at, len as usize, Access::write(privilege)).map(|_| ())
+    }
+
+    fn fetch(&mut self, cpu: &CpuState, at: GuestLin, buf: &mut [u8]) -> Result<usize, Trap> {
+        let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
+        let access = Access::fetch(privilege);
+        let first = buf.len().min(0x1000 - at.page_offset());
+        let leaf = walk(self, cpu, at, access).map_err(|code| Trap::pf(code, at.0))?;
+        self.read_ram(leaf.frame.wrapping_add(at.page_offset() as u64), &mut buf[..first]);
+        let rest = buf.len() - first;
+        if rest == 0 {
+            return Ok(first);
+        }
+        // Only a fetch that really needs the next page may set its A bit: look without touching.
+        let next = at.wrapping_add(first as u32);
+        match crate::pgm::walk::peek(self, cpu, next) {
+            Some(l) if !(l.no_execute || privilege == Privilege::User && !l.user) => {
+                self.read_ram(l.frame, &mut buf[first..]);
+                Ok(first + rest)
+            }
+            _ => Ok(first),
+        }
+    }
+
+    fn port_in(&mut self, port: u16, size: u8) -> u32 {
+        self.devices_touched = true;
+        let now = self.clock.now();
+        self.devices.port_in(port, size, now)
+    }
+
+    fn port_out(&mut self, port: u16, size: u8, value: u32) {
+        self.devices_touched = true;
+        let now = self.clock.now();
+        self.devices.port_out(port, size, value, now);
+    }
+
+    fn tsc(&mut self, cpu: &CpuState) -> u64 {
+        host_driver_shim::tsc::read().wrapping_add_signed(cpu.msr.tsc_offset)
+    }
+
+    fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.policy.cpuid(cpu, leaf, subleaf)
+    }
+
+    fn rdmsr(&mut self, cpu: &CpuState, msr: u32) -> Result<u64, Trap> {
+        let tsc = host_driver_shim::tsc::read().wrapping_add_signed(cpu.msr.tsc_offset);
+        self.policy.rdmsr(cpu, msr, tsc)
+    }
+
+    fn wrmsr(&mut self, cpu: &mut CpuState, msr: u32, value: u64) -> Result<(), Trap> {
+        let tsc = self.tsc(cpu);
+        if self.policy.wrmsr(cpu, msr, value, tsc)? == WrmsrEffect::PagingMode {
+            self.paging_changes.push(PagingChange::Mode);
+        }
+        Ok(())
+    }
+
+    fn read_phys(&mut self, at: GuestPhys, buf: &mut [u8]) {
+        self.read_ram(at, buf);
+    }
+
+    fn paging_changed(&mut self, _cpu: &CpuState, change: PagingChange) {
+        self.paging_changes.push(change);
+    }
+}
+
+/// The linear address a segment-relative offset means, for messages.
+#[must_use]
+pub fn code_linear(cpu: &CpuState) -> GuestLin {
+    GuestLin(cpu.seg[seg::CS].base.wrapping_add(cpu.eip))
+}

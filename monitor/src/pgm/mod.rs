@@ -1,0 +1,8 @@
+//! PGM: guest paging and its shadow.
+//!
+//! 1. [`walk`] reads the guest's own tables as the MMU would (32-bit, PSE, PAE with NX), and sets A and D.
+//! 2. [`shadow`] remembers, for each world, which guest pages its host mappings show and with which rights, so that a
+//!    guest's TLB flush drops just what went stale.
+
+pub mod shadow;
+pub mod walk;

@@ -1,0 +1,309 @@
+//! What one view of one world has mapped: the spte side of every gpte that was used.
+//!
+//! The shadow is a virtual TLB. It is filled by faults, and a flush by the guest drops exactly the entries whose guest
+//! table no longer says what was used at the fill (frame changed, or P, R/W, U/S or D went away).
+
+use super::walk::{Leaf, PhysMemory, peek};
+use crate::cpum::CpuState;
+use csam::GuestLin;
+use std::collections::HashMap;
+
+/// One mapped page, packed: frame number in bits 31..12, rights used below.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Entry(u32);
+
+impl Entry {
+    const MAPPED: u32 = 1;
+    const RW: u32 = 2;
+    const US: u32 = 4;
+    const NX: u32 = 8;
+    const D: u32 = 0x10;
+    const G: u32 = 0x20;
+    const HOST_WRITE: u32 = 0x40;
+    const LARGE: u32 = 0x80;
+
+    /// The entry for a leaf mapped with or without host write access. Frames beyond 4 GiB are never mapped.
+    #[must_use]
+    pub fn new(leaf: &Leaf, host_write: bool) -> Entry {
+        let mut e = (leaf.frame.0 as u32 & !0xfff) | Self::MAPPED;
+        let mut put = |on: bool, bit: u32| e |= if on { bit } else { 0 };
+        put(leaf.writable, Self::RW);
+        put(leaf.user, Self::US);
+        put(leaf.no_execute, Self::NX);
+        put(leaf.dirty, Self::D);
+        put(leaf.global, Self::G);
+        put(host_write, Self::HOST_WRITE);
+        put(leaf.shift > 12, Self::LARGE);
+        Entry(e)
+    }
+    /// The page is mapped.
+    #[must_use]
+    pub fn mapped(self) -> bool {
+        self.0 & Self::MAPPED != 0
+    }
+    /// Guest frame number.
+    #[must_use]
+    pub fn pfn(self) -> u32 {
+        self.0 >> 12
+    }
+    /// The host mapping allows writes.
+    #[must_use]
+    pub fn host_write(self) -> bool {
+        self.0 & Self::HOST_WRITE != 0
+    }
+    fn global(self) -> bool {
+        self.0 & Self::G != 0
+    }
+    fn large(self) -> bool {
+        self.0 & Self::LARGE != 0
+    }
+    /// The leaf still allows everything this entry was filled with.
+    fn still_good(self, leaf: &Leaf) -> bool {
+        let now = Entry::new(leaf, false).0;
+        let lost = self.0 & !now & (Self::RW | Self::US | Self::D);
+        let gained_nx = now & !self.0 & Self::NX;
+        now >> 12 == self.0 >> 12 && leaf.frame.0 >> 32 == 0 && lost == 0 && gained_nx == 0
+    }
+}
+
+struct Region {
+    entries: [Entry; 512],
+    count: u16,
+    non_global: u16,
+}
+
+/// Which translations a flush concerns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// A CR3 load: global entries stay.
+    NonGlobal,
+    /// A mode change or PGE toggle: all of them.
+    All,
+}
+
+/// All mapped pages of one view, by 2 MiB region.
+pub struct Shadow {
+    regions: Vec<Option<Box<Region>>>,
+    live: Vec<u16>,
+    count: usize,
+    small: usize,
+    /// Frame number to the linear pages that (may) map it writable; checked against `regions` when used.
+    writable: HashMap<u32, LinPages>,
+}
+
+/// Linear page numbers that showed one frame writable: nearly always one.
+#[derive(Default)]
+struct LinPages {
+    first: u32,
+    more: Vec<u32>,
+}
+
+impl Default for Shadow {
+    fn default() -> Self {
+        Shadow {
+            regions: (0..2048).map(|_| None).collect(),
+            live: Vec::new(),
+            count: 0,
+            small: 0,
+            writable: HashMap::new(),
+        }
+    }
+}
+
+impl Shadow {
+    /// The entry of the page `lin` lies in; unmapped ones say so.
+    #[must_use]
+    pub fn get(&self, lin: GuestLin) -> Entry {
+        match &self.regions[(lin.0 >> 21) as usize] {
+            Some(r) => r.entries[(lin.0 >> 12 & 511) as usize],
+            None => Entry::default(),
+        }
+    }
+
+    /// Records that the page of `lin` is mapped as `entry`.
+    pub fn set(&mut self, lin: GuestLin, entry: Entry) {
+        self.clear(lin);
+        let index = (lin.0 >> 21) as usize;
+        let live = &mut self.live;
+        let region = self.regions[index].get_or_insert_with(|| {
+            live.push(index as u16);
+            Box::new(Region { entries: [Entry::default(); 512], count: 0, non_global: 0 })
+        });
+        region.entries[(lin.0 >> 12 & 511) as usize] = entry;
+        region.count += 1;
+        region.non_global += u16::from(!entry.global());
+        self.count += 1;
+        self.small += usize::from(!entry.large());
+        if entry.host_write() {
+            let page = lin.0 >> 12;
+            match self.writable.entry(entry.pfn()) {
+                std::collections::hash_map::Entry::Vacant(v) => {
+                    v.insert(LinPages { first: page, more: Vec::new() });
+                }
+                std::collections::hash_map::Entry::Occupied(mut o) => {
+                    let pages = o.get_mut();
+                    if pages.first != page && !pages.more.contains(&page) {
+                        pages.more.push(page);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The pages that map frame `pfn` writable now.
+    pub fn take_writable(&mut self, pfn: u32) -> Vec<GuestLin> {
+        let Some(pages) = self.writable.remove(&pfn) else { return Vec::new() };
+        std::iter::once(pages.first)
+            .chain(pages.more)
+            .map(|p| GuestLin(p << 12))
+            .filter(|&lin| {
+                let e = self.get(lin);
+                e.host_write() && e.pfn() == pfn
+            })
+            .collect()
+    }
+
+    /// Forgets the page of `lin`; returns whether it was mapped.
+    pub fn clear(&mut self, lin: GuestLin) -> bool {
+        let Some(region) = &mut self.regions[(lin.0 >> 21) as usize] else { return false };
+        let slot = &mut region.entries[(lin.0 >> 12 & 511) as usize];
+        let old = std::mem::take(slot);
+        if !old.mapped() {
+            return false;
+        }
+        region.count -= 1;
+        region.non_global -= u16::from(!old.global());
+        self.count -= 1;
+        self.small -= usize::from(!old.large());
+        true
+    }
+
+    /// Forgets everything.
+    pub fn clear_all(&mut self) {
+        *self = Shadow::default();
+    }
+
+    /// Number of mapped pages.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Nothing is mapped.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Number of mapped pages that do not come from a large guest page: about one host mapping each.
+    #[must_use]
+    pub fn small(&self) -> usize {
+        self.small
+    }
+
+    /// Drops what a flush by the guest makes stale, and hands each dropped run (first page, pages) to `dropped`.
+    pub fn sync<M: PhysMemory + ?Sized>(
+        &mut self,
+        mem: &M,
+        cpu: &CpuState,
+        scope: Scope,
+        mut dropped: impl FnMut(GuestLin, u32),
+    ) {
+        let mut live = std::mem::take(&mut self.live);
+        live.retain(|&index| {
+            let Some(region) = self.regions[index as usize].as_mut() else { return false };
+            if region.count == 0 {
+                self.regions[index as usize] = None;
+                return false;
+            }
+            if scope == Scope::NonGlobal && region.non_global == 0 {
+                return true;
+            }
+            let base = u32::from(index) << 21;
+            // A whole region filled from one large page is still good if its first mapped page is.
+            if let Some(i) = region.entries.iter().position(|e| e.mapped()) {
+                let e = region.entries[i];
+                if e.large()
+                    && region.entries.iter().all(|e| e.large() || !e.mapped())
+                    && peek(mem, cpu, GuestLin(base | (i as u32) << 12))
+                        .is_some_and(|l| l.shift > 12 && e.still_good(&l))
+                {
+                    return true;
+                }
+            }
+            let mut run: Option<(u32, u32)> = None;
+            for i in 0..512u32 {
+                let e = region.entries[i as usize];
+                let stale = e.mapped() && !(scope == Scope::NonGlobal && e.global()) && {
+                    let leaf = peek(mem, cpu, GuestLin(base | i << 12));
+                    !leaf.is_some_and(|l| e.still_good(&l))
+                };
+                if stale {
+                    region.entries[i as usize] = Entry::default();
+                    region.count -= 1;
+                    region.non_global -= u16::from(!e.global());
+                    self.count -= 1;
+                    self.small -= usize::from(!e.large());
+                    match &mut run {
+                        Some((_, n)) => *n += 1,
+                        None => run = Some((base | i << 12, 1)),
+                    }
+                } else if let Some((at, n)) = run.take() {
+                    dropped(GuestLin(at), n);
+                }
+            }
+            if let Some((at, n)) = run {
+                dropped(GuestLin(at), n);
+            }
+            true
+        });
+        self.live = live;
+    }
+
+    /// Every mapped page.
+    pub fn pages(&self) -> impl Iterator<Item = (GuestLin, Entry)> + '_ {
+        self.live.iter().flat_map(move |&index| {
+            let base = u32::from(index) << 21;
+            self.regions[index as usize].iter().flat_map(move |r| {
+                r.entries
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, e)| e.mapped())
+                    .map(move |(i, e)| (GuestLin(base | (i as u32) << 12), *e))
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use csam::GuestPhys;
+
+    fn leaf(frame: u64, writable: bool, dirty: bool, global: bool) -> Leaf {
+        Leaf { frame: GuestPhys(frame), writable, user: true, no_execute: false, dirty, global, shift: 12 }
+    }
+
+    #[test]
+    fn an_entry_goes_stale_when_the_frame_or_a_right_goes_away_but_not_when_one_comes() {
+        let e = Entry::new(&leaf(0x5000, true, true, false), true);
+        assert!(e.still_good(&leaf(0x5000, true, true, false)));
+        assert!(!e.still_good(&leaf(0x6000, true, true, false)));
+        assert!(!e.still_good(&leaf(0x5000, false, true, false)));
+        assert!(!e.still_good(&leaf(0x5000, true, false, false)));
+        let ro = Entry::new(&leaf(0x5000, false, false, false), false);
+        assert!(ro.still_good(&leaf(0x5000, true, true, false)));
+    }
+
+    #[test]
+    fn counts_follow_what_is_set_and_cleared() {
+        let mut s = Shadow::default();
+        s.set(GuestLin(0x1000), Entry::new(&leaf(0x5000, true, true, false), true));
+        s.set(GuestLin(0x1000), Entry::new(&leaf(0x6000, true, true, true), true));
+        s.set(GuestLin(0xffff_f000), Entry::new(&leaf(0x6000, true, true, true), true));
+        assert_eq!((s.len(), s.pages().count()), (2, 2));
+        assert!(s.clear(GuestLin(0x1234)));
+        assert!(!s.clear(GuestLin(0x1234)));
+        assert_eq!(s.len(), 1);
+    }
+}

@@ -1,0 +1,367 @@
+//! The guest's page walk: GuestLin to GuestPhys (SDM Vol. 3A, chapter 4).
+
+use crate::cpum::{CpuState, cr0, cr4, efer};
+use crate::env::Privilege;
+use csam::{GuestLin, GuestPhys};
+
+/// What the walker needs of guest physical memory.
+pub trait PhysMemory {
+    /// Reads a naturally aligned u32; memory that is not there reads as ones.
+    fn read_u32(&self, at: GuestPhys) -> u32;
+    /// Writes a naturally aligned u32; ignored where there is no memory.
+    fn write_u32(&self, at: GuestPhys, value: u32);
+}
+
+/// Kind of access, for the permission check.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Access {
+    /// A write.
+    pub write: bool,
+    /// An instruction fetch.
+    pub fetch: bool,
+    /// On whose behalf.
+    pub privilege: Privilege,
+}
+
+impl Access {
+    /// A data read.
+    #[must_use]
+    pub const fn read(privilege: Privilege) -> Access {
+        Access { write: false, fetch: false, privilege }
+    }
+    /// A data write.
+    #[must_use]
+    pub const fn write(privilege: Privilege) -> Access {
+        Access { write: true, fetch: false, privilege }
+    }
+    /// An instruction fetch.
+    #[must_use]
+    pub const fn fetch(privilege: Privilege) -> Access {
+        Access { write: false, fetch: true, privilege }
+    }
+}
+
+/// What the guest's tables say about one 4 KiB page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leaf {
+    /// The frame: GuestPhys of the 4 KiB page (also inside a large page).
+    pub frame: GuestPhys,
+    /// R/W on every level.
+    pub writable: bool,
+    /// U/S on every level.
+    pub user: bool,
+    /// No fetches.
+    pub no_execute: bool,
+    /// D of the leaf entry.
+    pub dirty: bool,
+    /// G of the leaf entry, and CR4.PGE.
+    pub global: bool,
+    /// log2 of the page size: 12, 21 or 22 (32 when paging is off).
+    pub shift: u8,
+}
+
+/// Page-fault error code bits (SDM Vol. 3A, 4.7).
+pub mod pf {
+    #![allow(missing_docs)]
+    pub const PRESENT: u32 = 1;
+    pub const WRITE: u32 = 2;
+    pub const USER: u32 = 4;
+    pub const RESERVED: u32 = 8;
+    pub const FETCH: u32 = 16;
+}
+
+const P: u32 = 1;
+const RW: u32 = 2;
+const US: u32 = 4;
+const A: u32 = 0x20;
+const D: u32 = 0x40;
+const PS: u32 = 0x80;
+const G: u32 = 0x100;
+
+/// One entry as read: low and high half, and where it lies.
+#[derive(Clone, Copy)]
+struct Entry {
+    at: GuestPhys,
+    low: u32,
+    high: u32,
+}
+
+struct Path {
+    leaf: Leaf,
+    /// Upper-level entry (the PDE above a 4 KiB PTE), whose A bit is set as well.
+    parent: Option<Entry>,
+    entry: Option<Entry>,
+}
+
+enum Miss {
+    NotPresent,
+    Reserved,
+}
+
+fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Path, Miss> {
+    let pge = cpu.cr4 & cr4::PGE != 0;
+    if !cpu.paging() {
+        let leaf = Leaf {
+            frame: GuestPhys(u64::from(lin.0 & !0xfff)),
+            writable: true,
+            user: true,
+            no_execute: false,
+            dirty: true,
+            global: false,
+            shift: 32,
+        };
+        return Ok(Path { leaf, parent: None, entry: None });
+    }
+    if cpu.cr4 & cr4::PAE != 0 {
+        let nxe = cpu.msr.efer & efer::NXE != 0;
+        let pdpte = cpu.pdpte[(lin.0 >> 30) as usize];
+        if pdpte & 1 == 0 {
+            return Err(Miss::NotPresent);
+        }
+        let read = |base: u64, index: u32| -> Entry {
+            let at = GuestPhys(base.wrapping_add(u64::from(index) * 8));
+            Entry { at, low: mem.read_u32(at), high: mem.read_u32(GuestPhys(at.0 + 4)) }
+        };
+        let check = |e: &Entry| -> Result<(), Miss> {
+            if e.low & P == 0 {
+                return Err(Miss::NotPresent);
+            }
+            // Bits 62:36 are reserved (MAXPHYADDR is reported as 36), and NX is where EFER.NXE is clear.
+            let reserved = if nxe { 0x7fff_fff0 } else { 0xffff_fff0 };
+            if e.high & reserved != 0 { Err(Miss::Reserved) } else { Ok(()) }
+        };
+        let frame = |e: &Entry| (u64::from(e.high & 0xf) << 32) | u64::from(e.low & !0xfff);
+        let pde = read(pdpte & 0x000f_ffff_ffff_f000, (lin.0 >> 21) & 0x1ff);
+        check(&pde)?;
+        let mut nx = pde.high >> 31 != 0;
+        if pde.low & PS != 0 {
+            if pde.low & 0x001f_e000 != 0 {
+                return Err(Miss::Reserved);
+            }
+            let base = frame(&pde) & !0x1f_ffff;
+            let leaf = Leaf {
+                frame: GuestPhys(base | u64::from(lin.0 & 0x001f_f000)),
+                writable: pde.low & RW != 0,
+                user: pde.low & US != 0,
+                no_execute: nx,
+                dirty: pde.low & D != 0,
+                global: pge && pde.low & G != 0,
+                shift: 21,
+            };
+            return Ok(Path { leaf, parent: None, entry: Some(pde) });
+        }
+        let pte = read(frame(&pde), (lin.0 >> 12) & 0x1ff);
+        check(&pte)?;
+        nx |= pte.high >> 31 != 0;
+        let both = pde.low & pte.low;
+        let leaf = Leaf {
+            frame: GuestPhys(frame(&pte)),
+            writable: both & RW != 0,
+            user: both & US != 0,
+            no_execute: nx,
+            dirty: pte.low & D != 0,
+            global: pge && pte.low & G != 0,
+            shift: 12,
+        };
+        return Ok(Path { leaf, parent: Some(pde), entry: Some(pte) });
+    }
+    let read = |base: u32, index: u32| -> Entry {
+        let at = GuestPhys(u64::from(base) + u64::from(index) * 4);
+        Entry { at, low: mem.read_u32(at), high: 0 }
+    };
+    let pde = read(cpu.cr3 & !0xfff, lin.0 >> 22);
+    if pde.low & P == 0 {
+        return Err(Miss::NotPresent);
+    }
+    if pde.low & PS != 0 && cpu.cr4 & cr4::PSE != 0 {
+        // PSE-36: bits 20:13 are address bits 39:32, of which 35:32 exist; bit 21 is reserved.
+        if pde.low & 0x003e_0000 != 0 {
+            return Err(Miss::Reserved);
+        }
+        let high = u64::from((pde.low >> 13) & 0xf) << 32;
+        let leaf = Leaf {
+            frame: GuestPhys(high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin.0 & 0x003f_f000)),
+            writable: pde.low & RW != 0,
+            user: pde.low & US != 0,
+            no_execute: false,
+            dirty: pde.low & D != 0,
+            global: pge && pde.low & G != 0,
+            shift: 22,
+        };
+        return Ok(Path { leaf, parent: None, entry: Some(pde) });
+    }
+    let pte = read(pde.low & !0xfff, (lin.0 >> 12) & 0x3ff);
+    if pte.low & P == 0 {
+        return Err(Miss::NotPresent);
+    }
+    let both = pde.low & pte.low;
+    let leaf = Leaf {
+        frame: GuestPhys(u64::from(pte.low & !0xfff)),
+        writable: both & RW != 0,
+        user: both & US != 0,
+        no_execute: false,
+        dirty: pte.low & D != 0,
+        global: pge && pte.low & G != 0,
+        shift: 12,
+    };
+    Ok(Path { leaf, parent: Some(pde), entry: Some(pte) })
+}
+
+/// What the tables say about `lin`, without touching A or D. None: not present (or malformed).
+pub fn peek<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Option<Leaf> {
+    path(mem, cpu, lin).ok().map(|p| p.leaf)
+}
+
+fn permitted(cpu: &CpuState, leaf: &Leaf, access: Access) -> bool {
+    if access.fetch && leaf.no_execute {
+        return false;
+    }
+    match access.privilege {
+        Privilege::User => leaf.user && (!access.write || leaf.writable),
+        Privilege::Supervisor => !access.write || leaf.writable || cpu.cr0 & cr0::WP == 0,
+    }
+}
+
+/// Translates `lin` for an access: sets A (and D for a write) like the MMU, or says which page-fault error code the
+/// guest must see.
+pub fn walk<M: PhysMemory + ?Sized>(
+    mem: &M,
+    cpu: &CpuState,
+    lin: GuestLin,
+    access: Access,
+) -> Result<Leaf, u32> {
+    let mut code = 0;
+    if access.write {
+        code |= pf::WRITE;
+    }
+    if access.privilege == Privilege::User {
+        code |= pf::USER;
+    }
+    // I/D is reported only where fetches can be refused (PAE and EFER.NXE; SDM Vol. 3A, 4.7).
+    if access.fetch && cpu.cr4 & cr4::PAE != 0 && cpu.msr.efer & efer::NXE != 0 {
+        code |= pf::FETCH;
+    }
+    let p = path(mem, cpu, lin).map_err(|m| match m {
+        Miss::NotPresent => code,
+        Miss::Reserved => code | pf::PRESENT | pf::RESERVED,
+    })?;
+    if !permitted(cpu, &p.leaf, access) {
+        return Err(code | pf::PRESENT);
+    }
+    if let Some(parent) = p.parent
+        && parent.low & A == 0
+    {
+        mem.write_u32(parent.at, parent.low | A);
+    }
+    let mut leaf = p.leaf;
+    if let Some(e) = p.entry {
+        let want = e.low | A | if access.write { D } else { 0 };
+        if want != e.low {
+            mem.write_u32(e.at, want);
+        }
+        leaf.dirty |= access.write;
+    }
+    Ok(leaf)
+}
+
+/// Sets A on a present page the shadow is about to map ahead of use, and returns its leaf.
+pub fn prefetch<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Option<Leaf> {
+    let p = path(mem, cpu, lin).ok()?;
+    if let Some(e) = p.entry
+        && e.low & A == 0
+    {
+        mem.write_u32(e.at, e.low | A);
+    }
+    Some(p.leaf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    struct Mem(RefCell<Vec<u32>>);
+    impl PhysMemory for Mem {
+        fn read_u32(&self, at: GuestPhys) -> u32 {
+            self.0.borrow().get((at.0 / 4) as usize).copied().unwrap_or(u32::MAX)
+        }
+        fn write_u32(&self, at: GuestPhys, value: u32) {
+            if let Some(w) = self.0.borrow_mut().get_mut((at.0 / 4) as usize) {
+                *w = value;
+            }
+        }
+    }
+    fn mem() -> Mem {
+        Mem(RefCell::new(vec![0; 0x10000]))
+    }
+    fn paged() -> CpuState {
+        let mut cpu = CpuState::reset();
+        cpu.cr0 = cr0::PE | cr0::PG | cr0::WP;
+        cpu.cr4 = cr4::PSE;
+        cpu.cr3 = 0x1000;
+        cpu
+    }
+    const SUP_R: Access = Access::read(Privilege::Supervisor);
+    const SUP_W: Access = Access::write(Privilege::Supervisor);
+    const USR_R: Access = Access::read(Privilege::User);
+
+    #[test]
+    fn a_4k_page_is_translated_and_a_and_d_are_set() {
+        let m = mem();
+        let cpu = paged();
+        m.write_u32(GuestPhys(0x1000 + 4), 0x2003);
+        m.write_u32(GuestPhys(0x2000), 0x5003);
+        let leaf = walk(&m, &cpu, GuestLin(0x0040_0123), SUP_R).unwrap();
+        assert_eq!(leaf.frame, GuestPhys(0x5000));
+        assert_eq!(m.read_u32(GuestPhys(0x2000)), 0x5023);
+        assert_eq!(m.read_u32(GuestPhys(0x1004)), 0x2023);
+        walk(&m, &cpu, GuestLin(0x0040_0123), SUP_W).unwrap();
+        assert_eq!(m.read_u32(GuestPhys(0x2000)), 0x5063);
+        assert_eq!(walk(&m, &cpu, GuestLin(0x0040_0123), USR_R), Err(5));
+    }
+
+    #[test]
+    fn wp_decides_whether_the_supervisor_may_write_read_only_pages() {
+        let m = mem();
+        let mut cpu = paged();
+        m.write_u32(GuestPhys(0x1000), 0x2007);
+        m.write_u32(GuestPhys(0x2000), 0x5005);
+        assert_eq!(walk(&m, &cpu, GuestLin(0), SUP_W), Err(3));
+        cpu.cr0 &= !cr0::WP;
+        assert!(walk(&m, &cpu, GuestLin(0), SUP_W).is_ok());
+        assert_eq!(walk(&m, &cpu, GuestLin(0), Access::write(Privilege::User)), Err(7));
+    }
+
+    #[test]
+    fn a_large_page_covers_4_mib_with_pse_and_is_a_table_without() {
+        let m = mem();
+        let mut cpu = paged();
+        m.write_u32(GuestPhys(0x1000 + 4 * 0x300), 0x0040_0083);
+        let leaf = peek(&m, &cpu, GuestLin(0xc012_3456)).unwrap();
+        assert_eq!((leaf.frame, leaf.shift), (GuestPhys(0x0052_3000), 22));
+        cpu.cr4 = 0;
+        assert!(
+            peek(&m, &cpu, GuestLin(0xc012_3456)).is_some_and(|l| l.shift == 12)
+                || peek(&m, &cpu, GuestLin(0xc012_3456)).is_none()
+        );
+    }
+
+    #[test]
+    fn pae_honours_nx_and_reserved_bits() {
+        let m = mem();
+        let mut cpu = paged();
+        cpu.cr4 = cr4::PAE;
+        cpu.msr.efer = efer::NXE;
+        cpu.pdpte[0] = 0x3001;
+        m.write_u32(GuestPhys(0x3000), 0x4003);
+        m.write_u32(GuestPhys(0x4000), 0x6003);
+        m.write_u32(GuestPhys(0x4004), 0x8000_0000);
+        assert!(walk(&m, &cpu, GuestLin(0), SUP_R).is_ok());
+        assert_eq!(
+            walk(&m, &cpu, GuestLin(0), Access::fetch(Privilege::Supervisor)),
+            Err(pf::FETCH | pf::PRESENT)
+        );
+        cpu.msr.efer = 0;
+        assert_eq!(walk(&m, &cpu, GuestLin(0), SUP_R), Err(pf::PRESENT | pf::RESERVED));
+    }
+}
