@@ -18,4 +18,5 @@ pub mod native32;
 pub mod ram;
 pub mod raw;
 mod shared;
+pub mod tsc;
 pub mod world;
