@@ -1,9 +1,201 @@
 //! The virtual machine: puts a guest together from a configuration and runs it to its end.
 
-use crate::config::RunConfig;
+use crate::boot::{self, BootOptions, GuestMemoryWriter, Module, OutsideRam};
+use crate::builtin;
+use crate::config::{EngineChoice, Kernel, RunConfig};
+use crate::cpuid_msr::CpuPolicy;
+use crate::debug::input;
+use crate::devices::ns16550a::{SerialSink, WriterSink};
+use crate::em::attention::Attention;
+use crate::em::raw::RawEngine;
+use crate::em::{Em, Stop, dump};
+use crate::iom::{Devices, DevicesConfig};
+use crate::machine::Machine;
 use crate::outcome::{Ending, RunOutcome};
+use crate::tm::{Clock, host_utc_ns};
+use csam::GuestPhys;
+use host_driver_shim::code_memory::CodeMemory;
+use host_driver_shim::ram::GuestRam;
+use host_driver_shim::raw;
+use host_driver_shim::tsc::read as host_tsc;
+use host_driver_shim::world::WorldError;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Code memory for code-view copies and trampolines: 64 Ki pages, of which only touched ones cost memory.
+const CODE_MEMORY: u64 = 256 << 20;
+
+/// The image a run boots, read once: a reboot loads it again.
+struct Image {
+    kernel: Vec<u8>,
+    options: BootOptions,
+}
+
+struct RamWriter<'a>(&'a GuestRam);
+
+impl GuestMemoryWriter for RamWriter<'_> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn write(&mut self, at: GuestPhys, data: &[u8]) -> Result<(), OutsideRam> {
+        self.0.write(at.0, data).ok_or(OutsideRam { at, len: data.len() as u64 })
+    }
+    fn read(&self, at: GuestPhys, buf: &mut [u8]) -> Result<(), OutsideRam> {
+        self.0.read(at.0, buf).ok_or(OutsideRam { at, len: buf.len() as u64 })
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Ending> {
+    std::fs::read(path).map_err(|e| Ending::BadInput(format!("{}: {e}", path.display())))
+}
+
+fn read_image(config: &RunConfig) -> Result<Image, Ending> {
+    let mut options = BootOptions { cmdline: config.append.clone(), ..BootOptions::default() };
+    let kernel = match &config.kernel {
+        Kernel::Builtin => builtin::image().to_vec(),
+        Kernel::File(path) => read_file(path)?,
+        Kernel::Raw { file, load, entry } => {
+            options.raw =
+                Some(boot::raw::RawStart { load: *load, entry: *entry, mode: boot::raw::RawMode::Flat32 });
+            read_file(file)?
+        }
+    };
+    if let Some(initrd) = &config.initrd {
+        options.initrd = Some(read_file(initrd)?);
+    }
+    for module in &config.modules {
+        options.modules.push(Module { cmdline: module.args.clone(), data: read_file(&module.path)? });
+    }
+    Ok(Image { kernel, options })
+}
+
+fn kernel_name(config: &RunConfig) -> String {
+    match &config.kernel {
+        Kernel::Builtin => "built-in guest".into(),
+        Kernel::File(path) | Kernel::Raw { file: path, .. } => path.display().to_string(),
+    }
+}
+
+fn host_error(what: &str, e: &dyn std::fmt::Display) -> Ending {
+    Ending::HostCannot(format!("{what}: {e}; `subring doctor` shows what this host offers"))
+}
 
 /// Runs a guest until it ends.
-pub fn run(_config: RunConfig) -> RunOutcome {
-    RunOutcome::not_started(Ending::HostCannot("the execution manager is not built yet".into()))
+pub fn run(config: RunConfig) -> RunOutcome {
+    match config.engine {
+        EngineChoice::Kvm | EngineChoice::Ring1 => {
+            return RunOutcome::not_started(Ending::HostCannot(format!(
+                "the {} engine is not built yet; use --engine raw or interp",
+                config.engine.name()
+            )));
+        }
+        EngineChoice::Auto | EngineChoice::Raw | EngineChoice::Interp => {}
+    }
+    let image = match read_image(&config) {
+        Ok(image) => image,
+        Err(ending) => return RunOutcome::not_started(ending),
+    };
+    let attention = Arc::new(Attention::default());
+    let console = match input::Console::open(&config, &attention) {
+        Ok(console) => console,
+        Err(ending) => return RunOutcome::not_started(ending),
+    };
+    let outcome = loop {
+        let (ending, again, stats) = boot_once(&config, &image, &attention, &console);
+        if !(again && config.reboot) {
+            break RunOutcome { ending, stats };
+        }
+    };
+    drop(console);
+    outcome
+}
+
+type Finished = (Ending, bool, Option<Box<crate::account::Stats>>);
+
+/// One life of the guest, from switching on to its end; the flag says that it asked to be started again.
+fn boot_once(
+    config: &RunConfig,
+    image: &Image,
+    attention: &Arc<Attention>,
+    console: &input::Console,
+) -> Finished {
+    let (tsc0, time0) = (host_tsc(), Instant::now());
+    let ram = match GuestRam::new(config.memory) {
+        Ok(ram) => ram,
+        Err(e) => return (host_error("guest RAM", &e), false, None),
+    };
+    let boot = match boot::load(&image.kernel, &image.options, &mut RamWriter(&ram)) {
+        Ok(boot) => boot,
+        Err(e) => return (Ending::BadInput(format!("{}: {e}", kernel_name(config))), false, None),
+    };
+    let devices = Devices::new(DevicesConfig {
+        ram_bytes: config.memory,
+        utc_ns: host_utc_ns(),
+        serial: console.sinks(),
+        debug_console: config
+            .debugcon
+            .then(|| Box::new(WriterSink(std::io::stderr())) as Box<dyn SerialSink>),
+        debug_exit: config.isa_debug_exit,
+    });
+    let m = Machine::new(ram.clone(), devices, CpuPolicy::host(), Clock::host());
+    let cpu = current_cpu();
+    let raw = if config.engine == EngineChoice::Interp {
+        None
+    } else {
+        match raw_engine(&ram, config, cpu) {
+            Ok(raw) => Some(raw),
+            Err(e) => return (host_error("raw mode", &e), false, None),
+        }
+    };
+    // The longer the start took, the better the ratio; a minimum of a millisecond is good to 1 part in 10,000.
+    while time0.elapsed().as_micros() < 1000 {
+        std::hint::spin_loop();
+    }
+    let ns_per_tsc = time0.elapsed().as_nanos() as f64 / host_tsc().wrapping_sub(tsc0).max(1) as f64;
+    let mut em = match Em::new(boot.cpu, m, raw, attention.clone(), config.trace, ns_per_tsc) {
+        Ok(em) => em,
+        Err(e) => return (host_error("timer", &e), false, None),
+    };
+    // Only now: threads started before this must not share the CPU with a guest that never sleeps.
+    if let (Some(cpu), Some(_)) = (cpu, &em.raw)
+        && let Err(e) = raw::pin(cpu)
+    {
+        return (host_error("binding the thread to a CPU", &e), false, None);
+    }
+    let stop = em.run();
+    em.finish_account();
+    let engine = if em.raw.is_some() { "raw" } else { "interp" };
+    let stats = Box::new(em.account.stats(engine, time0.elapsed().as_nanos() as u64));
+    console.flush();
+    if let Some(path) = &config.vga_dump {
+        let text = dump::vga(&em.m);
+        if path.as_os_str() == "-" {
+            print!("{text}");
+        } else if let Err(e) = std::fs::write(path, text) {
+            log::error!("{}: {e}", path.display());
+        }
+    }
+    let (ending, again) = match stop {
+        Stop::Halted => (Ending::PoweredOff("halted with interrupts disabled"), false),
+        Stop::Restart(how) => (Ending::Restart(how), true),
+        Stop::DebugExit(value) => (Ending::DebugExit(value), false),
+        Stop::Quit => (Ending::Quit, false),
+        Stop::Interrupted => (Ending::Interrupted, false),
+        Stop::Fatal(reason) => (Ending::GuestFatal(dump::fatal(&mut em, &reason)), false),
+        Stop::Host(reason) => (Ending::HostCannot(reason), false),
+    };
+    (ending, again, Some(stats))
+}
+
+fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: Option<usize>) -> Result<RawEngine, String> {
+    let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
+    let host = raw::RawEngine::new(ram, &code, cpu).map_err(|e: WorldError| e.to_string())?;
+    let count_inline = config.stats || config.stats_out.is_some();
+    RawEngine::new(host, code, count_inline).map_err(|e| e.to_string())
+}
+
+/// The host CPU this thread runs on now.
+fn current_cpu() -> Option<usize> {
+    nix::sched::sched_getcpu().ok()
 }

@@ -1,3 +1,4 @@
 //! Looking into a running guest.
 
 pub mod console;
+pub mod input;

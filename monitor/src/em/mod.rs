@@ -1,0 +1,557 @@
+//! EM: the execution manager. One loop decides what happens next to the virtual CPU.
+//!
+//! 1. Requests of other threads, device timers, restart requests.
+//! 2. An interrupt, if one waits and may be delivered.
+//! 3. HLT: sleep on the host until something comes.
+//! 4. Otherwise run: raw where [`raw::RawEngine::refusal`] has nothing against it, else the interpreter.
+
+pub mod attention;
+pub mod dump;
+pub mod raw;
+pub mod ticker;
+
+use crate::account::{Account, Cause, Kind};
+use crate::config::Trace;
+use crate::cpum::{CpuState, cr0, eflags, seg};
+use crate::debug::console::{self, ConsoleTarget, Info};
+use crate::env::Env;
+use crate::interp::{self, Step};
+use crate::iom::ResetCause;
+use crate::machine::Machine;
+use crate::trap::{Event, Trap};
+use crate::trpm;
+use attention::{Attention, Request};
+use csam::GuestLin;
+use host_driver_shim::tsc::read as host_tsc;
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use patm::vcpu_page as vp;
+use raw::{After, ExitRecord, RawEngine, RawRefusal};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use ticker::Ticker;
+
+/// Instructions interpreted in a row before the loop looks around.
+const INTERPRETER_SLICE: u32 = 2048;
+/// Exits remembered for a dump.
+const RING: usize = 64;
+
+/// Why the loop ended.
+#[derive(Debug)]
+pub enum Stop {
+    /// HLT with interrupts disabled.
+    Halted,
+    /// The guest asked for a restart.
+    Restart(&'static str),
+    /// isa-debug-exit.
+    DebugExit(u32),
+    /// The user's wish.
+    Quit,
+    /// A signal.
+    Interrupted,
+    /// The guest cannot go on: the reason in a line.
+    Fatal(String),
+    /// The host cannot go on: the reason in a line.
+    Host(String),
+}
+
+/// One virtual CPU with its machine.
+pub struct Em {
+    /// CPUM.
+    pub cpu: CpuState,
+    /// RAM, devices, time.
+    pub m: Machine,
+    /// The raw engine, unless everything is interpreted.
+    pub raw: Option<RawEngine>,
+    /// The fault accounting.
+    pub account: Account,
+    /// Why raw mode was refused, and for how many instructions.
+    pub refusals: BTreeMap<&'static str, u64>,
+    /// Instructions interpreted.
+    pub interpreted: u64,
+    attention: Arc<Attention>,
+    ticker: Ticker,
+    deadline: Option<u64>,
+    trace: Trace,
+    ring: Vec<(ExitRecord, u64)>,
+    exits: u64,
+    open: Option<(ExitRecord, Kind, u64)>,
+    ns_per_tsc: f64,
+    stop: Option<Stop>,
+    stopped: bool,
+}
+
+impl Em {
+    /// Puts the parts together. `ns_per_tsc` converts time-stamp counts to nanoseconds.
+    pub fn new(
+        cpu: CpuState,
+        m: Machine,
+        raw: Option<RawEngine>,
+        attention: Arc<Attention>,
+        trace: Trace,
+        ns_per_tsc: f64,
+    ) -> std::io::Result<Em> {
+        if let Some(raw) = &raw {
+            attention.set_kick(raw.kick_target());
+        }
+        let ticker = Ticker::new(attention.clone())?;
+        Ok(Em {
+            cpu,
+            m,
+            raw,
+            account: Account::new(),
+            refusals: BTreeMap::new(),
+            interpreted: 0,
+            attention,
+            ticker,
+            deadline: None,
+            trace,
+            ring: Vec::with_capacity(RING),
+            exits: 0,
+            open: None,
+            ns_per_tsc,
+            stop: None,
+            stopped: false,
+        })
+    }
+
+    /// Number of exits from worlds so far.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.exits
+    }
+
+    /// The last exits, oldest first.
+    #[must_use]
+    pub fn last_exits(&self) -> Vec<(ExitRecord, u64)> {
+        let mut ring = self.ring.clone();
+        ring.sort_by_key(|(_, n)| *n);
+        ring
+    }
+
+    /// Runs the guest until something ends the run.
+    pub fn run(&mut self) -> Stop {
+        loop {
+            if let Some(stop) = self.stop.take() {
+                self.close_record();
+                return stop;
+            }
+            if self.attention.wanted() {
+                self.serve_requests();
+                self.m.devices_touched = true;
+                continue;
+            }
+            if self.m.devices_touched {
+                self.serve_devices();
+                if self.stop.is_some() {
+                    continue;
+                }
+            }
+            if self.stopped {
+                self.attention.wait(None);
+                continue;
+            }
+            if self.cpu.interruptible() && self.m.devices.interrupt_pending() {
+                let vector = self.m.devices.acknowledge();
+                self.m.devices_touched = true;
+                self.deliver(Event::External { vector });
+                continue;
+            }
+            if self.cpu.halted {
+                self.sleep();
+                continue;
+            }
+            self.execute();
+        }
+    }
+
+    fn serve_requests(&mut self) {
+        for request in self.attention.take() {
+            match request {
+                Request::Quit => self.stop = Some(Stop::Quit),
+                Request::Interrupted => self.stop = Some(Stop::Interrupted),
+                Request::SerialInput(port, bytes) => {
+                    let now = self.m.clock.now();
+                    let _ = now;
+                    self.m.devices.serial_input(port, &bytes);
+                }
+                Request::Console(line) => {
+                    let text = console::execute(&line, self);
+                    eprint!("{}", text.replace('\n', "\r\n"));
+                }
+            }
+        }
+    }
+
+    fn serve_devices(&mut self) {
+        self.m.devices_touched = false;
+        let now = self.m.clock.now();
+        if self.deadline.is_some_and(|d| d <= now) {
+            self.m.devices.run_timers(now);
+            self.ticker.spent();
+        }
+        self.deadline = self.m.devices.next_deadline(now);
+        self.ticker.arm(self.deadline, now);
+        if let Some(cause) = self.m.devices.take_reset_request() {
+            self.stop = Some(match cause {
+                ResetCause::I8042 => Stop::Restart("keyboard controller"),
+                ResetCause::Cf9 => Stop::Restart("port CF9h"),
+                ResetCause::Port92 => Stop::Restart("port 92h"),
+                // The exit status is QEMU's, (value << 1) | 1; the guest wrote the value.
+                ResetCause::DebugExit(status) => Stop::DebugExit(status >> 1),
+            });
+        }
+    }
+
+    fn sleep(&mut self) {
+        if self.cpu.eflags & eflags::IF == 0 {
+            self.stop = Some(Stop::Halted);
+            return;
+        }
+        self.close_record();
+        let now = self.m.clock.now();
+        match self.deadline {
+            Some(d) if d <= now => {}
+            Some(d) => self.attention.wait(Some(Duration::from_nanos(d - now))),
+            None => self.attention.wait(None),
+        }
+        self.m.devices_touched = true;
+    }
+
+    /// Delivers an event through the guest's IDT.
+    fn deliver(&mut self, event: Event) {
+        let vector = match event {
+            Event::Exception(trap) => trap.vector,
+            Event::Software { vector, .. } | Event::External { vector } => vector,
+            Event::Nmi => 2,
+        };
+        if self.trace.contains(Trace::INT) {
+            eprintln!(
+                "int   {event:?} at {:04x}:{:08x} cpl {}",
+                self.cpu.seg[seg::CS].selector,
+                self.cpu.eip,
+                self.cpu.cpl
+            );
+        }
+        self.account.record_injected(vector);
+        if let Err(triple) = trpm::deliver(&mut self.cpu, &mut self.m, event) {
+            let deliberate = self.cpu.idtr.limit < 8;
+            self.stop = Some(if deliberate {
+                Stop::Restart("triple fault")
+            } else {
+                Stop::Fatal(format!(
+                    "triple fault: {:?} could not be delivered (last {:?})",
+                    triple.first, triple.last
+                ))
+            });
+        }
+    }
+
+    fn execute(&mut self) {
+        let refusal = match &self.raw {
+            None => {
+                self.interpret_slice(None);
+                return;
+            }
+            Some(_) => RawEngine::refusal(&self.cpu),
+        };
+        match refusal {
+            Some(RawRefusal::FpuTrap) if self.cpu.cr0 & cr0::EM == 0 => {
+                // The hardware's CR0.TS is not ours to set: raise the #NM a lazy-FPU kernel waits for right away.
+                self.deliver(Event::Exception(Trap::NM));
+            }
+            Some(reason) => self.interpret_slice(Some(reason)),
+            None => self.run_raw(),
+        }
+    }
+
+    /// Interprets until raw mode is possible again, or for a while.
+    fn interpret_slice(&mut self, reason: Option<RawRefusal>) {
+        if let Some(raw) = &mut self.raw {
+            raw.fetch_fpu(&mut self.cpu);
+        }
+        let mut n = 0;
+        while n < INTERPRETER_SLICE {
+            n += 1;
+            match interp::step(&mut self.cpu, &mut self.m) {
+                Step::Done => {}
+                Step::Halted => break,
+                Step::Raise(event) => {
+                    self.deliver(event);
+                    break;
+                }
+            }
+            if self.m.devices_touched
+                || self.cpu.eflags & eflags::IF != 0 && self.m.devices.interrupt_pending()
+                || self.attention.wanted()
+            {
+                break;
+            }
+            if reason.is_some() && RawEngine::refusal(&self.cpu).is_none() {
+                break;
+            }
+        }
+        self.interpreted += u64::from(n);
+        if let Some(reason) = reason {
+            let name = match reason {
+                RawRefusal::RealMode => "real mode",
+                RawRefusal::V86 => "virtual-8086 mode",
+                RawRefusal::Code16 => "16-bit code",
+                RawRefusal::MiddleRing => "ring 1 or 2",
+                RawRefusal::TrapFlag => "single step",
+                RawRefusal::CodeBase => "ring-0 code base not 0",
+                RawRefusal::StackSegment => "ring-0 stack not flat",
+                RawRefusal::FpuTrap => "CR0.EM",
+                RawRefusal::TscTrap => "CR4.TSD",
+                RawRefusal::Shadow => "interrupt shadow",
+            };
+            *self.refusals.entry(name).or_default() += u64::from(n);
+        }
+    }
+
+    fn run_raw(&mut self) {
+        self.close_record();
+        let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
+        let Some(raw) = &mut self.raw else { return };
+        let after = match raw.run(&mut self.cpu, &mut self.m, waits) {
+            Ok(after) => after,
+            Err(e) => {
+                self.stop = Some(match e {
+                    raw::RawError::World(host_driver_shim::world::WorldError::Died(why)) => {
+                        Stop::Fatal(format!("the guest broke its world: {why}"))
+                    }
+                    e => Stop::Host(e.to_string()),
+                });
+                return;
+            }
+        };
+        let left = host_tsc();
+        let record = raw.last_exit();
+        self.exits += 1;
+        if self.ring.len() < RING {
+            self.ring.push((record, self.exits));
+        } else {
+            self.ring[(self.exits % RING as u64) as usize] = (record, self.exits);
+        }
+        if self.trace.contains(Trace::EXITS) {
+            let r = &record;
+            eprintln!(
+                "exit  {} by {} eip {:08x} cpl {} {:?}",
+                r.cause.name(),
+                r.route.name(),
+                r.eip,
+                r.cpl,
+                r.raw
+            );
+        }
+        let mut kind = Kind::NONE;
+        let mut cause = record.cause;
+        match after {
+            After::Continue => {}
+            After::Kicked => self.m.devices_touched = true,
+            After::Deliver(event) => self.deliver(event),
+            After::Interpret => {
+                let instruction = self.decode();
+                if self.trace.contains(Trace::EXITS) {
+                    eprintln!("      interpret {instruction}");
+                }
+                kind = Kind::from(instruction.mnemonic());
+                if cause == Cause::Sensitive {
+                    cause = finer_cause(&instruction);
+                }
+                self.interpret_one(&instruction);
+            }
+        }
+        self.open = Some((ExitRecord { cause, ..record }, kind, left));
+    }
+
+    /// Decodes the instruction at EIP for the accounting; invalid if it cannot be fetched.
+    fn decode(&mut self) -> Instruction {
+        let mut bytes = [0u8; 15];
+        let at = GuestLin(self.cpu.linear_eip());
+        match self.m.fetch(&self.cpu, at, &mut bytes) {
+            Ok(n) => {
+                let bits = if self.cpu.seg[seg::CS].big() && !self.cpu.real_addressing() { 32 } else { 16 };
+                Decoder::with_ip(bits, &bytes[..n.min(15)], u64::from(self.cpu.eip), DecoderOptions::NONE)
+                    .decode()
+            }
+            Err(_) => Instruction::default(),
+        }
+    }
+
+    fn interpret_one(&mut self, instruction: &Instruction) {
+        self.interpreted += 1;
+        if let Some(raw) = &mut self.raw {
+            raw.fetch_fpu(&mut self.cpu);
+        }
+        let ring0 = self.cpu.cpl == 0;
+        match interp::step(&mut self.cpu, &mut self.m) {
+            Step::Done => {
+                if ring0
+                    && let Some(which) = loaded_segment(instruction)
+                    && let Some(raw) = &mut self.raw
+                    && let Err(e) = raw.cache_segment(&self.cpu, &mut self.m, which)
+                {
+                    self.stop = Some(Stop::Host(e.to_string()));
+                }
+            }
+            Step::Halted => {}
+            Step::Raise(event) => self.deliver(event),
+        }
+    }
+
+    fn close_record(&mut self) {
+        if let Some((record, kind, left)) = self.open.take() {
+            let ns = (host_tsc().wrapping_sub(left) as f64 * self.ns_per_tsc) as u64;
+            self.account.record(record.cause, record.route, kind, record.eip, record.cpl, ns);
+        }
+    }
+
+    /// Enters what is only known at the end (in-line counters, patches, sizes) into the account.
+    pub fn finish_account(&mut self) {
+        self.close_record();
+        self.account.set_gauge("exits", self.exits);
+        self.account.set_gauge("interpreted_instructions", self.interpreted);
+        if let Some(raw) = &self.raw {
+            let (users, data, code) = raw.sizes();
+            self.account.set_gauge("worlds", users as u64 + 1);
+            self.account.set_gauge("data_pages_mapped", data as u64);
+            self.account.set_gauge("code_pages_mapped", code as u64);
+            self.account.set_gauge("reservations_moved", raw.moves);
+            let c = raw.kernel_code.counts;
+            let (pages, instructions) = raw.kernel_code.sizes();
+            self.account.set_gauge("code_pages_copied", pages as u64);
+            self.account.set_gauge("instructions_known", instructions as u64);
+            self.account.set_gauge("scans", c.scans);
+            self.account.set_gauge("code_writes", c.code_writes);
+            self.account.set_gauge("spans_rescanned", c.rescans);
+            self.account.set_gauge("patches_undone", c.undone);
+            self.account.set_gauge("user_pages_examined", raw.user_code.looked_at);
+            self.account.set_gauge("user_pages_copied", raw.user_code.copied);
+            let stats = raw.kernel_code.patm.stats();
+            for (tactic, n) in &stats.tactics {
+                self.account.set_patches(tactic.name(), *n);
+            }
+            for kind in csam::SensitiveKind::ALL {
+                let counter = patm::counter(*kind);
+                if counter != vp::COUNTERS_LEN - 1 {
+                    let n = raw.inline_counter(counter);
+                    if n != 0 {
+                        self.account.set_inline(kind.name(), u64::from(n));
+                    }
+                }
+            }
+            for patch in raw.kernel_code.patm.patches() {
+                let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
+                let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();
+                self.account.add_trap_site(site.at.0, Kind::from(i.mnemonic()), why.name());
+            }
+        }
+    }
+}
+
+/// What kind of sensitive instruction it was, for the accounting.
+fn finer_cause(i: &Instruction) -> Cause {
+    match i.mnemonic() {
+        Mnemonic::In
+        | Mnemonic::Out
+        | Mnemonic::Insb
+        | Mnemonic::Insw
+        | Mnemonic::Insd
+        | Mnemonic::Outsb
+        | Mnemonic::Outsw
+        | Mnemonic::Outsd => Cause::PortIo,
+        Mnemonic::Hlt => Cause::Halt,
+        Mnemonic::Cpuid => Cause::Cpuid,
+        Mnemonic::Int => Cause::Syscall,
+        Mnemonic::Rdmsr | Mnemonic::Wrmsr | Mnemonic::Clts | Mnemonic::Lmsw => Cause::ControlRegister,
+        Mnemonic::Invlpg => Cause::AddressSpace,
+        Mnemonic::Mov if i.op0_register() == Register::CR3 => Cause::AddressSpace,
+        Mnemonic::Mov if i.op0_register().is_cr() || i.op0_register().is_dr() => Cause::ControlRegister,
+        _ if loaded_segment(i).is_some() => Cause::Segment,
+        _ => Cause::Sensitive,
+    }
+}
+
+/// The data segment register an instruction loads, if it does.
+fn loaded_segment(i: &Instruction) -> Option<usize> {
+    let of = |r: Register| match r {
+        Register::ES => Some(seg::ES),
+        Register::SS => Some(seg::SS),
+        Register::DS => Some(seg::DS),
+        Register::FS => Some(seg::FS),
+        Register::GS => Some(seg::GS),
+        _ => None,
+    };
+    match i.mnemonic() {
+        Mnemonic::Mov | Mnemonic::Pop if i.op0_kind() == OpKind::Register => of(i.op0_register()),
+        Mnemonic::Les => Some(seg::ES),
+        Mnemonic::Lds => Some(seg::DS),
+        Mnemonic::Lss => Some(seg::SS),
+        Mnemonic::Lfs => Some(seg::FS),
+        Mnemonic::Lgs => Some(seg::GS),
+        _ => None,
+    }
+}
+
+impl ConsoleTarget for Em {
+    fn info(&mut self, what: Info) -> String {
+        match what {
+            Info::Registers => dump::registers(&self.cpu),
+            Info::Pic => self.m.devices.describe_pic(self.m.clock.now()),
+            Info::Patches => match &self.raw {
+                Some(raw) => {
+                    let mut text = String::new();
+                    for (tactic, n) in raw.kernel_code.patm.stats().tactics {
+                        text += &format!("{:<12} {n}\n", tactic.name());
+                    }
+                    text + &format!("refused      {}\n", raw.kernel_code.counts.refused)
+                }
+                None => "no patches: everything is interpreted\n".into(),
+            },
+            Info::Csam => match &self.raw {
+                Some(raw) => {
+                    let (pages, instructions) = raw.kernel_code.sizes();
+                    let c = raw.kernel_code.counts;
+                    format!(
+                        "{pages} code pages copied, {instructions} instructions known, {} scans, {} code writes, {} spans rescanned\n",
+                        c.scans, c.code_writes, c.rescans
+                    )
+                }
+                None => "no scans: everything is interpreted\n".into(),
+            },
+            Info::Faults => {
+                self.close_record();
+                let stats = self.account.stats("raw", self.m.clock.now());
+                crate::account::report::render(&stats, None, crate::paint::Paint::PLAIN)
+            }
+            Info::Worlds => match &self.raw {
+                Some(raw) => raw.describe_worlds(),
+                None => "no worlds: everything is interpreted\n".into(),
+            },
+            Info::Memory => {
+                let (_, data, code) = self.raw.as_ref().map_or((0, 0, 0), RawEngine::sizes);
+                format!(
+                    "{} MiB of guest RAM, {data} data pages and {code} code pages mapped in worlds\n",
+                    self.m.ram.size() >> 20
+                )
+            }
+            Info::Vga => dump::vga(&self.m),
+        }
+    }
+    fn quit(&mut self) {
+        self.stop = Some(Stop::Quit);
+    }
+    fn cont(&mut self) {
+        self.stopped = false;
+    }
+    fn stop(&mut self) {
+        self.stopped = true;
+    }
+    fn reset(&mut self) {
+        self.stop = Some(Stop::Restart("console"));
+    }
+    fn nmi(&mut self) {
+        self.deliver(Event::Nmi);
+    }
+}

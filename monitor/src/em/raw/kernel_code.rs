@@ -1,0 +1,520 @@
+//! The ring-0 code view: copies of code pages that hold only what CSAM proved to be code, with PATM's patches applied.
+//!
+//! 1. A page is copied when it is first executed; the copy is all `hlt` (a trap at CPL 3).
+//! 2. Executing one of those bytes means "not scanned yet": [`KernelCode::scan`] follows the code from there within the
+//!    page, copies the instructions it finds and has every sensitive one patched.
+//! 3. A write to the frame is compared with the copy; only the changed span is forgotten and decoded again.
+//!
+//! Copies are keyed by linear page and remember their frame: two aliases of one frame have two copies.
+
+use super::layout::{Layout, TRAMP_LEN};
+use crate::cpum::CpuState;
+use crate::machine::Machine;
+use crate::pgm::walk::peek;
+use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, ScanReport};
+use host_driver_shim::code_memory::CodeMemory;
+use iced_x86::{Decoder, DecoderOptions};
+use patm::{Config, Location, MapView, Patch, PatchId, Patm, Refusal};
+use std::collections::{BTreeSet, HashMap};
+
+/// What an unproven byte of the code view holds.
+pub const UNSCANNED: u8 = 0xf4;
+/// Data writes to a page with code before its copy is given up (until it is executed again).
+const WRITES_BEFORE_DROP: u32 = 64;
+
+struct CodePage {
+    pfn: u32,
+    offset: u64,
+    original: Box<[u8; 4096]>,
+    writes: u32,
+    write_limit: u32,
+}
+
+/// Counters for reports.
+#[derive(Clone, Copy, Default, Debug)]
+#[allow(missing_docs)]
+pub struct Counts {
+    pub scans: u64,
+    pub instructions: u64,
+    pub code_writes: u64,
+    pub rescans: u64,
+    pub undone: u64,
+    pub refused: u64,
+    pub conflicts: u64,
+    pub pages_made: u64,
+    pub pages_dropped: u64,
+}
+
+/// What the ring-0 code view consists of.
+pub struct KernelCode {
+    map: CodeMap,
+    /// The patch manager.
+    pub patm: Patm,
+    layout: Layout,
+    count_inline: bool,
+    pages: HashMap<u32, CodePage>,
+    by_frame: HashMap<u32, Vec<u32>>,
+    /// Trampoline page number to code memory.
+    trampolines: HashMap<u32, u64>,
+    /// Trampoline pages that no world has mapped yet.
+    pub new_trampolines: Vec<(GuestLin, u64)>,
+    /// Frames that have just become code: writable mappings of them must go.
+    pub newly_tracked: Vec<u32>,
+    /// Linear pages whose copy is gone: the world must not show it any more.
+    pub dropped: Vec<GuestLin>,
+    /// Why a site could not be patched, for reports.
+    pub refusals: Vec<(GuestLin, Refusal)>,
+    /// Counters.
+    pub counts: Counts,
+    next_limit: HashMap<u32, u32>,
+}
+
+/// Writes code memory. Offsets come from its own allocator, so the bounds check cannot fail.
+pub fn put(code: &CodeMemory, offset: u64, bytes: &[u8]) {
+    let written = code.write(offset, bytes);
+    debug_assert!(written.is_some(), "code memory offset {offset:#x} out of range");
+}
+
+/// A patch as text: the window's instructions and the trampoline's.
+fn describe(patch: &Patch) -> String {
+    let list = |at: u32, bytes: &[u8]| {
+        Decoder::with_ip(32, bytes, u64::from(at), DecoderOptions::NONE)
+            .iter()
+            .map(|i| format!("\n    {:08x} {i}", i.ip32()))
+            .collect::<String>()
+    };
+    let mut text = format!(
+        "{} at {}, why {:?}:{}",
+        patch.tactic.name(),
+        patch.start,
+        patch.why,
+        list(patch.start.0, &patch.original)
+    );
+    if let Some(t) = &patch.trampoline {
+        text += "\n  trampoline:";
+        text += &list(t.at, &t.code);
+    }
+    text
+}
+
+impl KernelCode {
+    /// An empty code view.
+    #[must_use]
+    pub fn new(layout: Layout, count_inline: bool) -> KernelCode {
+        KernelCode {
+            map: CodeMap::new(CodeSize::Bits32),
+            patm: Self::patm(&layout, count_inline),
+            layout,
+            count_inline,
+            pages: HashMap::new(),
+            by_frame: HashMap::new(),
+            trampolines: HashMap::new(),
+            new_trampolines: Vec::new(),
+            newly_tracked: Vec::new(),
+            dropped: Vec::new(),
+            refusals: Vec::new(),
+            counts: Counts::default(),
+            next_limit: HashMap::new(),
+        }
+    }
+
+    fn patm(layout: &Layout, count_inline: bool) -> Patm {
+        Patm::new(Config {
+            tramp_base: layout.tramp,
+            tramp_len: TRAMP_LEN,
+            vcpu_base: layout.vcpu,
+            count_inline,
+        })
+    }
+
+    /// Gives up every copy and patch and starts afresh at another layout.
+    pub fn reset(&mut self, m: &mut Machine, code: &CodeMemory, layout: Layout) {
+        for (_, page) in self.pages.drain() {
+            m.untrack(page.pfn);
+            code.free(page.offset);
+        }
+        for (_, offset) in self.trampolines.drain() {
+            code.free(offset);
+        }
+        let counts = self.counts;
+        *self = KernelCode::new(layout, self.count_inline);
+        self.counts = counts;
+    }
+
+    /// The code view's bytes beside the original's, for debugging.
+    #[must_use]
+    pub fn debug_view(&self, code: &CodeMemory, at: GuestLin, len: u32) -> String {
+        let mut view = String::new();
+        let mut own = String::new();
+        for i in 0..len {
+            let lin = at.wrapping_add(i);
+            let Some(page) = self.pages.get(&lin.page_number()) else { break };
+            let b = code.read_u8(page.offset + lin.page_offset() as u64).unwrap_or(0);
+            let mark = if self.map.is_instruction_start(lin) { '|' } else { ' ' };
+            view += &format!("{mark}{b:02x}");
+            own += &format!("{mark}{:02x}", page.original[lin.page_offset()]);
+        }
+        format!("view {at}:{view}\nguest {at}:{own}")
+    }
+
+    /// Number of copied pages, known instructions and patches.
+    #[must_use]
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.pages.len(), self.map.instruction_count())
+    }
+
+    /// Every trampoline page with its code memory.
+    pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
+        self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))
+    }
+
+    /// A data access at world address `lin` would hit a page of the code view.
+    #[must_use]
+    pub fn shows_at(&self, lin: GuestLin) -> bool {
+        self.pages.contains_key(&(self.layout.guest_of_code(lin.0).0 >> 12))
+    }
+
+    /// The code memory of the copy of `lin`'s page, made if need be. None when the code memory is used up.
+    pub fn page(&mut self, m: &mut Machine, code: &CodeMemory, lin: GuestLin, pfn: u32) -> Option<u64> {
+        let number = lin.page_number();
+        if let Some(p) = self.pages.get(&number) {
+            if p.pfn == pfn {
+                return Some(p.offset);
+            }
+            self.drop_page(m, code, number);
+        }
+        let offset = code.alloc()?;
+        put(code, offset, &[UNSCANNED; 4096]);
+        let mut original = Box::new([0u8; 4096]);
+        m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut original[..]);
+        if m.track(pfn) {
+            self.newly_tracked.push(pfn);
+        }
+        let write_limit = self.next_limit.get(&pfn).copied().unwrap_or(WRITES_BEFORE_DROP);
+        self.pages.insert(number, CodePage { pfn, offset, original, writes: 0, write_limit });
+        self.by_frame.entry(pfn).or_default().push(number);
+        self.counts.pages_made += 1;
+        Some(offset)
+    }
+
+    /// Removes the copy of a linear page, its patches and what is known of its code.
+    pub fn drop_page(&mut self, m: &mut Machine, code: &CodeMemory, number: u32) {
+        let lo = GuestLin(number << 12);
+        let hi = lo.wrapping_add(0x1000);
+        let orphans = self.undo_in(code, lo, hi);
+        let forgotten = self.map.forget_span(lo, hi);
+        self.map.forget_page(number);
+        let Some(page) = self.pages.remove(&number) else { return };
+        code.free(page.offset);
+        m.untrack(page.pfn);
+        if let Some(list) = self.by_frame.get_mut(&page.pfn) {
+            list.retain(|&n| n != number);
+        }
+        self.dropped.push(lo);
+        self.counts.pages_dropped += 1;
+        // An instruction that ran in from the page before, and windows that reached over the edge.
+        for at in forgotten {
+            if at < lo {
+                self.refresh(code, at, lo);
+            }
+        }
+        self.patch_sites(code, orphans);
+    }
+
+    /// Rewrites the copy's bytes in [lo, hi) from what is known: patch, proven code, or unscanned.
+    fn refresh(&self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) {
+        let mut at = lo;
+        while at != hi {
+            if let Some(page) = self.pages.get(&at.page_number()) {
+                let byte = match self.patm.patch_at(at.0) {
+                    Some(p) => {
+                        p.bytes().get(at.0.wrapping_sub(p.start.0) as usize).copied().unwrap_or(UNSCANNED)
+                    }
+                    None if self.map.proven(at) => page.original[at.page_offset()],
+                    None => UNSCANNED,
+                };
+                put(code, page.offset + at.page_offset() as u64, &[byte]);
+            }
+            at = at.wrapping_add(1);
+        }
+    }
+
+    /// Undoes every patch that overlaps [lo, hi); returns the sites they covered.
+    fn undo_in(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) -> BTreeSet<GuestLin> {
+        let mut sites = BTreeSet::new();
+        for patch in self.patm.undo_overlapping(lo, hi) {
+            self.counts.undone += 1;
+            sites.extend(patch.sites.iter().map(|s| s.at));
+            if let Some(t) = &patch.trampoline {
+                self.write_trampoline(code, t.at, &vec![UNSCANNED; t.code.len()]);
+            }
+            for write in &patch.writes {
+                self.refresh(code, write.at, write.at.wrapping_add(write.bytes.len() as u32));
+            }
+        }
+        sites
+    }
+
+    fn patch_sites(&mut self, code: &CodeMemory, sites: impl IntoIterator<Item = GuestLin>) {
+        for site in sites {
+            if self.map.site_at(site).is_none() {
+                continue;
+            }
+            if self.patm.patch_at(site.0).is_some_and(|p| p.sites.iter().any(|s| s.at == site)) {
+                continue;
+            }
+            if self.overlapped(site) {
+                self.trap_overlapping(code, site);
+                continue;
+            }
+            let pages = &self.pages;
+            let info = MapView {
+                map: &self.map,
+                fetch: |at: GuestLin, buf: &mut [u8]| {
+                    for (i, b) in buf.iter_mut().enumerate() {
+                        let lin = at.wrapping_add(i as u32);
+                        match pages.get(&lin.page_number()) {
+                            Some(p) => *b = p.original[lin.page_offset()],
+                            None => return i,
+                        }
+                    }
+                    buf.len()
+                },
+                writable: |at: GuestLin, len: u32| {
+                    pages.contains_key(&at.page_number())
+                        && pages.contains_key(&at.wrapping_add(len.saturating_sub(1)).page_number())
+                },
+            };
+            match self.patm.patch(site, &info) {
+                Ok(patch) => {
+                    let id = patch.id;
+                    self.install(code, id);
+                }
+                Err(Refusal::TrapsItself) => {}
+                Err(refusal) => {
+                    // The site must not run: its first byte traps in the view, and it is interpreted when reached.
+                    self.counts.refused += 1;
+                    if self.refusals.len() < 4096 {
+                        self.refusals.push((site, refusal));
+                    }
+                    if let Some(page) = self.pages.get(&site.page_number()) {
+                        put(code, page.offset + site.page_offset() as u64, &[UNSCANNED]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Another instruction shares bytes with the one at `at`.
+    fn overlapped(&self, at: GuestLin) -> bool {
+        let len = self.map.instruction_length(at).unwrap_or(1);
+        self.map.overlapping(at, at.wrapping_add(u32::from(len))).len() > 1
+    }
+
+    /// Two decodings share the bytes of a sensitive site, so none of them may be changed inside: each gets a trap as
+    /// its first byte and is interpreted, and so does every instruction that one of those traps lies in.
+    fn trap_overlapping(&mut self, code: &CodeMemory, site: GuestLin) {
+        self.counts.conflicts += 1;
+        let mut done = BTreeSet::new();
+        let mut work = vec![site];
+        while let Some(at) = work.pop() {
+            if !done.insert(at) {
+                continue;
+            }
+            let len = self.map.instruction_length(at).unwrap_or(1);
+            let end = at.wrapping_add(u32::from(len));
+            self.undo_in(code, at, end);
+            let first = at.wrapping_add(1);
+            // Whoever has our first byte inside of it would execute the trap as an operand.
+            work.extend(self.map.overlapping(at, first).iter().map(|(a, _)| *a).filter(|a| *a != at));
+            if at == site {
+                work.extend(self.map.overlapping(at, end).iter().map(|(a, _)| *a).filter(|a| *a != at));
+            }
+        }
+        for at in done {
+            if let Some(page) = self.pages.get(&at.page_number()) {
+                put(code, page.offset + at.page_offset() as u64, &[UNSCANNED]);
+            }
+        }
+    }
+
+    fn write_trampoline(&mut self, code: &CodeMemory, start: u32, bytes: &[u8]) {
+        for (i, b) in bytes.iter().enumerate() {
+            let at = start.wrapping_add(i as u32);
+            let number = at >> 12;
+            let offset = match self.trampolines.get(&number) {
+                Some(o) => *o,
+                None => {
+                    let Some(o) = code.alloc() else { return };
+                    put(code, o, &[UNSCANNED; 4096]);
+                    self.trampolines.insert(number, o);
+                    self.new_trampolines.push((GuestLin(number << 12), o));
+                    o
+                }
+            };
+            put(code, offset + u64::from(at & 0xfff), &[*b]);
+        }
+    }
+
+    fn install(&mut self, code: &CodeMemory, id: PatchId) {
+        let Some(patch) = self.patm.get(id) else { return };
+        if log::log_enabled!(target: "patches", log::Level::Trace) {
+            log::trace!(target: "patches", "{}", describe(patch));
+        }
+        let trampoline = patch.trampoline.clone();
+        for w in &patch.writes {
+            for (i, b) in w.bytes.iter().enumerate() {
+                let at = w.at.wrapping_add(i as u32);
+                if let Some(page) = self.pages.get(&at.page_number()) {
+                    put(code, page.offset + at.page_offset() as u64, &[*b]);
+                }
+            }
+        }
+        if let Some(t) = trampoline {
+            self.write_trampoline(code, t.at, &t.code);
+        }
+    }
+
+    /// Scans from `eip`, whose page has a copy. Returns how many instructions were new.
+    pub fn scan(&mut self, m: &mut Machine, code: &CodeMemory, cpu: &CpuState, eip: GuestLin) -> usize {
+        self.counts.scans += 1;
+        let page = eip.page_base();
+        let options = ScanOptions {
+            budget: 4096,
+            follow_calls: true,
+            range: Some(page..GuestLin(page.0.saturating_add(0x1000))),
+            cs_base: 0,
+            entry_is_target: true,
+        };
+        self.scan_with(m, code, cpu, &[eip], &options)
+    }
+
+    fn scan_with(
+        &mut self,
+        m: &mut Machine,
+        code: &CodeMemory,
+        cpu: &CpuState,
+        entries: &[GuestLin],
+        options: &ScanOptions,
+    ) -> usize {
+        let report = {
+            let m = &*m;
+            let mut source = |at: GuestLin, buf: &mut [u8]| -> usize {
+                let Some(leaf) = peek(m, cpu, at) else { return 0 };
+                if leaf.no_execute || !m.is_ram(leaf.frame) {
+                    return 0;
+                }
+                let n = buf.len().min(0x1000 - at.page_offset());
+                m.read_ram(leaf.frame.wrapping_add(at.page_offset() as u64), &mut buf[..n]);
+                n
+            };
+            self.map.scan_all(entries, &mut source, options)
+        };
+        self.take_in(m, code, cpu, &report);
+        report.instructions.len()
+    }
+
+    /// Copies what a scan found and patches it.
+    fn take_in(&mut self, m: &mut Machine, code: &CodeMemory, cpu: &CpuState, report: &ScanReport) {
+        self.counts.instructions += report.instructions.len() as u64;
+        for &number in &report.pages {
+            if !self.pages.contains_key(&number)
+                && let Some(leaf) = peek(m, cpu, GuestLin(number << 12))
+            {
+                self.page(m, code, GuestLin(number << 12), (leaf.frame.0 >> 12) as u32);
+            }
+        }
+        // A new branch target inside a window, or a new instruction over an old window's filler: plan it again.
+        let mut again = BTreeSet::new();
+        for &t in &report.targets {
+            if let Some(p) = self.patm.patch_at(t.0)
+                && p.start != t
+            {
+                let (lo, hi) = (p.start, p.start.wrapping_add(u32::from(p.len)));
+                again.extend(self.undo_in(code, lo, hi));
+            }
+        }
+        for &(at, len) in &report.instructions {
+            let hi = at.wrapping_add(u32::from(len));
+            if self.patm.patch_at(at.0).is_some()
+                || self.patm.patch_at(hi.0.wrapping_sub(1)).is_some()
+                || self.patm.contradicts(at).is_some()
+            {
+                let overlapped = self.undo_in(code, at, hi);
+                again.extend(overlapped);
+            }
+            let mut i = 0;
+            while i < u32::from(len) {
+                let lin = at.wrapping_add(i);
+                let n = (0x1000 - lin.page_offset() as u32).min(u32::from(len) - i);
+                if let Some(page) = self.pages.get(&lin.page_number()) {
+                    let from = lin.page_offset();
+                    put(code, page.offset + from as u64, &page.original[from..from + n as usize]);
+                }
+                i += n;
+            }
+        }
+        again.extend(report.sites.iter().map(|s| s.at));
+        self.patch_sites(code, again);
+    }
+
+    /// A write hit frame `at`: updates every copy of it. Returns false when there is none.
+    pub fn code_written(&mut self, m: &mut Machine, code: &CodeMemory, at: GuestPhys, len: u32) {
+        let pfn = (at.0 >> 12) as u32;
+        let Some(numbers) = self.by_frame.get(&pfn).cloned() else { return };
+        for number in numbers {
+            let Some(page) = self.pages.get_mut(&number) else { continue };
+            self.counts.code_writes += 1;
+            page.writes += 1;
+            if page.writes > page.write_limit {
+                // A page that is data more than code: let it be written, scan it again if it is ever executed.
+                let limit = page.write_limit.saturating_mul(2).min(4096);
+                self.next_limit.insert(pfn, limit);
+                self.drop_page(m, code, number);
+                continue;
+            }
+            let from = at.page_offset();
+            let to = (from + len as usize).min(4096);
+            let mut now = [0u8; 4096];
+            m.read_ram(at, &mut now[from..to]);
+            let changed = |i: &usize| now[*i] != page.original[*i];
+            let (Some(first), Some(last)) = ((from..to).find(changed), (from..to).rev().find(changed)) else {
+                continue;
+            };
+            page.original[first..=last].copy_from_slice(&now[first..=last]);
+            let base = GuestLin(number << 12);
+            let lo = base.wrapping_add(first as u32);
+            let hi = base.wrapping_add(last as u32 + 1);
+            self.respan(code, lo, hi);
+        }
+    }
+
+    fn respan(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) {
+        let known = self.map.overlapping(lo, hi);
+        if known.is_empty() && self.patm.contradicts(lo).is_none() {
+            return;
+        }
+        self.counts.rescans += 1;
+        let orphans = self.undo_in(code, lo, hi);
+        // Not decoded again before it is executed: a change may come in several stores, and what lies between them is
+        // no code anybody wrote.
+        self.map.forget_span(lo, hi);
+        for &(at, len) in &known {
+            self.refresh(code, at, at.wrapping_add(u32::from(len)));
+        }
+        self.refresh(code, lo, hi);
+        self.patch_sites(code, orphans);
+    }
+
+    /// The original instruction bytes at `at` are proven code: executing it there is no surprise.
+    #[must_use]
+    pub fn is_proven_start(&self, at: GuestLin) -> bool {
+        self.map.is_instruction_start(at)
+    }
+
+    /// Where EIP stands in our patches.
+    #[must_use]
+    pub fn locate(&self, eip: u32) -> Location {
+        self.patm.locate(eip)
+    }
+}

@@ -1,0 +1,229 @@
+//! One world with what the monitor knows of it: both shadow views and the descriptors installed.
+
+use super::layout::Layout;
+use crate::cpum::CpuState;
+use crate::cpum::{SegAttr, Segment};
+use crate::machine::Machine;
+use crate::pgm::shadow::{Entry, Scope, Shadow};
+use crate::pgm::walk::Leaf;
+use csam::GuestLin;
+use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
+use std::collections::HashMap;
+
+/// The host's own flat 32-bit-capable data selector (GDT entry 5, RPL 3): base 0, limit 4 GiB.
+pub const HOST_FLAT: u16 = 0x2b;
+/// First LDT slot we use: high, so that the low selectors a guest's own LDT would have fault in a world.
+const FIRST_SLOT: u16 = 0x800;
+/// Slots in a host LDT (LDT_ENTRIES).
+const LAST_SLOT: u16 = 8191;
+/// More host mappings than this, and the data view is emptied (vm.max_map_count is 65,530 by default).
+const MAX_SMALL_MAPPINGS: usize = 24_000;
+
+/// What a space is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Guest rings 0: supervisor rights, scanned code, vCPU page and trampolines.
+    Supervisor,
+    /// Guest ring 3 of the address space with this CR3: user pages only.
+    User {
+        /// Guest CR3.
+        cr3: u32,
+    },
+}
+
+/// A world and its shadow.
+pub struct Space {
+    /// The host side.
+    pub world: Box<dyn World>,
+    /// For whom.
+    pub role: Role,
+    /// Guest data pages mapped.
+    pub data: Shadow,
+    /// Guest pages visible to instruction fetch (at + delta).
+    pub code: Shadow,
+    /// A flush the guest did that this space has not yet followed.
+    pub pending_sync: Option<Scope>,
+    /// When last used (counter).
+    pub last_used: u64,
+    /// Selectors loaded at the last start, in encoding order.
+    pub loaded: [u16; 6],
+    slots: HashMap<HostSegment, u16>,
+    contents: Vec<HostSegment>,
+    /// Counts how often the LDT was started afresh; cached selectors of an older one are void.
+    pub ldt_generation: u32,
+}
+
+impl Space {
+    /// A fresh, empty world.
+    pub fn new(world: Box<dyn World>, role: Role) -> Space {
+        Space {
+            world,
+            role,
+            data: Shadow::default(),
+            code: Shadow::default(),
+            pending_sync: None,
+            last_used: 0,
+            loaded: [0; 6],
+            slots: HashMap::new(),
+            contents: Vec::new(),
+            ldt_generation: 0,
+        }
+    }
+
+    /// The selector of an LDT descriptor with this content.
+    fn slot(&mut self, segment: HostSegment) -> Result<u16, WorldError> {
+        if let Some(&s) = self.slots.get(&segment) {
+            return Ok(s << 3 | 7);
+        }
+        if usize::from(LAST_SLOT - FIRST_SLOT) <= self.contents.len() {
+            self.slots.clear();
+            self.contents.clear();
+            self.ldt_generation += 1;
+        }
+        let slot = FIRST_SLOT + self.contents.len() as u16;
+        self.world.set_segment(slot, segment)?;
+        self.contents.push(segment);
+        self.slots.insert(segment, slot);
+        Ok(slot << 3 | 7)
+    }
+
+    /// The host selector that gives the hardware what the guest's hidden segment state says.
+    pub fn host_selector(&mut self, seg: &Segment, is_cs: bool, layout: &Layout) -> Result<u16, WorldError> {
+        if !seg.present() {
+            return Ok(0);
+        }
+        if is_cs {
+            let pages = seg.limit == u32::MAX || seg.limit > 0xf_ffff;
+            return self.slot(HostSegment {
+                base: seg.base.wrapping_add(layout.delta),
+                limit: if pages { seg.limit >> 12 } else { seg.limit },
+                limit_in_pages: pages,
+                code: true,
+                big: seg.big(),
+                expand_down: false,
+                rw: true,
+            });
+        }
+        let code = seg.attr.contains(SegAttr::CODE);
+        let rw = code || seg.attr.contains(SegAttr::RW);
+        if seg.is_flat() && rw && !code && seg.big() {
+            return Ok(HOST_FLAT);
+        }
+        let expand_down = !code && seg.attr.contains(SegAttr::EXPAND_DOWN);
+        let pages = seg.limit > 0xf_ffff;
+        // A readable code segment as data: a read-only data descriptor does the same.
+        self.slot(HostSegment {
+            base: seg.base,
+            limit: if pages { seg.limit >> 12 } else { seg.limit },
+            limit_in_pages: pages,
+            code: false,
+            big: seg.big(),
+            expand_down,
+            rw: !code && rw,
+        })
+    }
+
+    /// Forgets all mappings, here and in the world.
+    pub fn clear(&mut self) -> Result<(), WorldError> {
+        self.data.clear_all();
+        self.code.clear_all();
+        self.pending_sync = None;
+        self.world.unmap(WorldLin(0), 0)
+    }
+
+    /// Follows a flush by the guest: drops what went stale.
+    pub fn sync(
+        &mut self,
+        m: &Machine,
+        cpu: &CpuState,
+        scope: Scope,
+        layout: &Layout,
+    ) -> Result<(), WorldError> {
+        let mut result = Ok(());
+        let world = &mut self.world;
+        self.data.sync(m, cpu, scope, |at, pages| {
+            if result.is_ok() {
+                result = world.unmap(WorldLin(at.0), pages << 12);
+            }
+        });
+        let world = &mut self.world;
+        self.code.sync(m, cpu, scope, |at, pages| {
+            if result.is_ok() {
+                result = world.unmap(layout.code(at), pages << 12);
+            }
+        });
+        result
+    }
+
+    /// Drops one data page.
+    pub fn drop_data(&mut self, lin: GuestLin) -> Result<(), WorldError> {
+        if self.data.clear(lin) { self.world.unmap(WorldLin(lin.page_base().0), 0x1000) } else { Ok(()) }
+    }
+
+    /// Drops one page of the code view.
+    pub fn drop_code(&mut self, lin: GuestLin, layout: &Layout) -> Result<(), WorldError> {
+        if self.code.clear(lin) { self.world.unmap(layout.code(lin.page_base()), 0x1000) } else { Ok(()) }
+    }
+
+    /// Maps a run of data pages: `pages[i]` is the leaf of the i-th page from `lin`, all contiguous frames and the same
+    /// host write access.
+    pub fn map_data_run(
+        &mut self,
+        lin: GuestLin,
+        leaves: &[Leaf],
+        host_write: bool,
+    ) -> Result<(), WorldError> {
+        let Some(first) = leaves.first() else { return Ok(()) };
+        if self.data.small() > MAX_SMALL_MAPPINGS {
+            let runs: Vec<GuestLin> = self.data.pages().map(|(l, _)| l).collect();
+            self.data.clear_all();
+            unmap_runs(self.world.as_mut(), &runs)?;
+        }
+        let prot = if host_write { Prot::READ | Prot::WRITE } else { Prot::READ };
+        self.world.map(
+            WorldLin(lin.page_base().0),
+            (leaves.len() as u32) << 12,
+            Backing::Ram(first.frame.0),
+            prot,
+        )?;
+        for (i, leaf) in leaves.iter().enumerate() {
+            self.data.set(lin.page_base().wrapping_add((i as u32) << 12), Entry::new(leaf, host_write));
+        }
+        Ok(())
+    }
+
+    /// Maps one page into the code view.
+    pub fn map_code(
+        &mut self,
+        lin: GuestLin,
+        leaf: &Leaf,
+        backing: Backing,
+        layout: &Layout,
+    ) -> Result<(), WorldError> {
+        self.world.map(layout.code(lin.page_base()), 0x1000, backing, Prot::READ | Prot::EXEC)?;
+        self.code.set(lin.page_base(), Entry::new(leaf, false));
+        Ok(())
+    }
+
+    /// Runs guest code.
+    pub fn run(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        self.loaded = regs.sel;
+        self.world.run(regs)
+    }
+}
+
+/// Unmaps single pages as few runs.
+fn unmap_runs(world: &mut dyn World, pages: &[GuestLin]) -> Result<(), WorldError> {
+    let mut pages: Vec<u32> = pages.iter().map(|p| p.0 >> 12).collect();
+    pages.sort_unstable();
+    let mut i = 0;
+    while i < pages.len() {
+        let mut n = 1;
+        while i + n < pages.len() && pages[i + n] == pages[i] + n as u32 {
+            n += 1;
+        }
+        world.unmap(WorldLin(pages[i] << 12), (n as u32) << 12)?;
+        i += n;
+    }
+    Ok(())
+}

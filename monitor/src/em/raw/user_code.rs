@@ -1,0 +1,290 @@
+//! The ring-3 code view: RAM itself, except for pages that hold an instruction that would silently go wrong.
+//!
+//! Ring-3 code needs no scan to be contained, and nearly all of its pages are mapped as they are. Only a page that
+//! holds the bytes of `cpuid` (0f a2), `int 80h` (cd 80) or of the descriptor-table readers (0f 00, 0f 01, 0f 02,
+//! 0f 03: `sldt`, `str`, `verr`, `sgdt`, `smsw`, `lar`, `lsl`) is copied: the copy starts as `hlt`, code is copied into
+//! it as far as it is found to be executed, and those instructions keep an `hlt` as their first byte.
+//!
+//! An instruction may run into a copied page from the page before. If that one is a copy too, its scan says where the
+//! tail ends. If it is shown directly, nobody has scanned it: x86 code decoded from any of many starting points soon
+//! falls into step, so all of them must agree on the first boundary in the copied page; where they do not, the page
+//! before is copied as well.
+
+use super::kernel_code::{UNSCANNED, put};
+use crate::cpum::CpuState;
+use crate::machine::Machine;
+use crate::pgm::walk::peek;
+use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
+use host_driver_shim::code_memory::CodeMemory;
+use iced_x86::{Decoder, DecoderOptions};
+use std::collections::{HashMap, HashSet};
+
+struct UserPage {
+    offset: u64,
+    map: CodeMap,
+    bytes: Box<[u8; 4096]>,
+}
+
+/// How a page is to be shown to instruction fetch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum View {
+    /// The RAM page itself.
+    Direct,
+    /// The copy at this offset of the code memory.
+    Copy(u64),
+    /// A copy is needed and there is no memory for it.
+    NoMemory,
+}
+
+/// The copied pages of ring-3 code, by linear page and frame.
+#[derive(Default)]
+pub struct UserCode {
+    pages: HashMap<(u32, u32), UserPage>,
+    by_frame: HashMap<u32, Vec<u32>>,
+    /// Pages to be copied though nothing in them asks for it.
+    forced: HashSet<(u32, u32)>,
+    /// Frames that have just become code: writable mappings of them must go.
+    pub newly_tracked: Vec<u32>,
+    /// Copies that are gone: (linear page address, frame).
+    pub dropped: Vec<(GuestLin, u32)>,
+    /// Pages looked at.
+    pub looked_at: u64,
+    /// Pages copied.
+    pub copied: u64,
+}
+
+/// The second byte of a pair that makes a page a candidate; the first one is 0f or cd.
+fn candidate(first: u8, second: u8) -> bool {
+    match first {
+        0x0f => matches!(second, 0xa2 | 0x00..=0x03),
+        0xcd => second == 0x80,
+        _ => false,
+    }
+}
+
+/// Whether the instruction must not run natively in ring 3.
+fn must_trap(kind: SensitiveKind) -> bool {
+    matches!(
+        kind,
+        SensitiveKind::Cpuid
+            | SensitiveKind::Int
+            | SensitiveKind::Sgdt
+            | SensitiveKind::Sidt
+            | SensitiveKind::Sldt
+            | SensitiveKind::Str
+            | SensitiveKind::Smsw
+            | SensitiveKind::Lar
+            | SensitiveKind::Lsl
+            | SensitiveKind::Verr
+            | SensitiveKind::Verw
+    )
+}
+
+/// Where the first instruction behind byte 64 starts, counted from there, if decoding from each of the first 32 bytes
+/// comes to the same answer.
+fn agreed_boundary(bytes: &[u8; 80]) -> Option<usize> {
+    let mut agreed = None;
+    for start in 0..32 {
+        let mut at = start;
+        let mut decoder = Decoder::new(32, bytes, DecoderOptions::NONE);
+        while at < 64 {
+            decoder.set_position(at).ok()?;
+            let i = decoder.decode();
+            // Bytes that do not decode say nothing: step over one.
+            at += if i.is_invalid() { 1 } else { i.len() };
+        }
+        let head = at - 64;
+        if *agreed.get_or_insert(head) != head {
+            return None;
+        }
+    }
+    agreed
+}
+
+impl UserCode {
+    /// Number of copies.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// There are no copies.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// How the page of `lin`, frame `pfn`, is to be shown.
+    pub fn view(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        code: &CodeMemory,
+        lin: GuestLin,
+        pfn: u32,
+    ) -> View {
+        let key = (lin.page_number(), pfn);
+        if let Some(p) = self.pages.get(&key) {
+            return View::Copy(p.offset);
+        }
+        self.looked_at += 1;
+        let mut bytes = Box::new([0u8; 4096]);
+        m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut bytes[..]);
+        // A pair that straddles the end counts too, whatever follows.
+        let straddles = matches!(bytes[4095], 0x0f | 0xcd) && {
+            let next = peek(m, cpu, lin.page_base().wrapping_add(0x1000));
+            next.is_none_or(|l| {
+                let mut b = [0u8; 1];
+                m.read_ram(l.frame, &mut b);
+                candidate(bytes[4095], b[0])
+            })
+        };
+        if !self.forced.contains(&key) && !straddles && !bytes.windows(2).any(|w| candidate(w[0], w[1])) {
+            return View::Direct;
+        }
+        let Some(offset) = code.alloc() else { return View::NoMemory };
+        put(code, offset, &[UNSCANNED; 4096]);
+        if m.track(pfn) {
+            self.newly_tracked.push(pfn);
+        }
+        self.copied += 1;
+        self.by_frame.entry(pfn).or_default().push(lin.page_number());
+        let head = self.head(m, cpu, lin.page_base());
+        put(code, offset, &bytes[..head]);
+        self.pages.insert(key, UserPage { offset, map: CodeMap::new(CodeSize::Bits32), bytes });
+        View::Copy(offset)
+    }
+
+    /// How many bytes at the start of the page at `base` belong to an instruction of the page before.
+    fn head(&mut self, m: &Machine, cpu: &CpuState, base: GuestLin) -> usize {
+        let before = base.wrapping_add(0u32.wrapping_sub(0x1000));
+        let Some(leaf) = peek(m, cpu, before) else { return 0 };
+        if !leaf.user || leaf.no_execute || !m.is_ram(leaf.frame) {
+            return 0;
+        }
+        let key = (before.page_number(), (leaf.frame.0 >> 12) as u32);
+        if let Some(p) = self.pages.get(&key) {
+            let crossing = p.map.overlapping(base, base.wrapping_add(1));
+            return crossing
+                .iter()
+                .map(|(at, len)| at.0.wrapping_add(u32::from(*len)).wrapping_sub(base.0))
+                .max()
+                .unwrap_or(0) as usize;
+        }
+        let mut bytes = [0u8; 64 + 16];
+        m.read_ram(leaf.frame.wrapping_add(0x1000 - 64), &mut bytes[..64]);
+        if let Some(own) = peek(m, cpu, base) {
+            m.read_ram(own.frame, &mut bytes[64..]);
+        }
+        match agreed_boundary(&bytes) {
+            Some(head) => head,
+            None => {
+                // Shown directly until now: from here on a copy, so that its scan tells.
+                self.forced.insert(key);
+                self.dropped.push((before, key.1));
+                0
+            }
+        }
+    }
+
+    /// `lin` is in a copied page and has not been found to be an instruction yet.
+    #[must_use]
+    pub fn is_unscanned(&self, lin: GuestLin, pfn: u32) -> bool {
+        self.pages.get(&(lin.page_number(), pfn)).is_some_and(|p| !p.map.is_instruction_start(lin))
+    }
+
+    /// Follows the code from `lin` within its page and copies what it finds. False if nothing new was found.
+    pub fn scan(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        code: &CodeMemory,
+        lin: GuestLin,
+        pfn: u32,
+    ) -> bool {
+        let Some(page) = self.pages.get_mut(&(lin.page_number(), pfn)) else { return false };
+        let base = lin.page_base();
+        let own = &page.bytes;
+        let m = &*m;
+        let mut source = |at: GuestLin, buf: &mut [u8]| -> usize {
+            if at.page_base() != base {
+                let Some(leaf) = peek(m, cpu, at).filter(|l| l.user && !l.no_execute) else { return 0 };
+                let n = buf.len().min(0x1000 - at.page_offset());
+                m.read_ram(leaf.frame.wrapping_add(at.page_offset() as u64), &mut buf[..n]);
+                return n;
+            }
+            let n = buf.len().min(0x1000 - at.page_offset());
+            buf[..n].copy_from_slice(&own[at.page_offset()..at.page_offset() + n]);
+            n
+        };
+        let options = ScanOptions {
+            range: Some(base..GuestLin(base.0.saturating_add(0x1000))),
+            ..ScanOptions::default()
+        };
+        let report = page.map.scan(lin, &mut source, &options);
+        for &(at, len) in &report.instructions {
+            let from = at.page_offset();
+            let to = (from + usize::from(len)).min(4096);
+            put(code, page.offset + from as u64, &page.bytes[from..to]);
+        }
+        for site in page.map.sites().filter(|s| must_trap(s.kind)) {
+            if site.at.page_base() == base {
+                put(code, page.offset + site.at.page_offset() as u64, &[UNSCANNED]);
+            }
+        }
+        let found = !report.instructions.is_empty();
+        // The tail of an instruction that runs into the next page, if that one is a copy.
+        let next = base.wrapping_add(0x1000);
+        let tail = report
+            .instructions
+            .iter()
+            .map(|(at, len)| (at.page_offset() + usize::from(*len)).saturating_sub(0x1000))
+            .max()
+            .unwrap_or(0);
+        if tail > 0
+            && let Some(leaf) = peek(m, cpu, next)
+            && let Some(p) = self.pages.get(&(next.page_number(), (leaf.frame.0 >> 12) as u32))
+        {
+            put(code, p.offset, &p.bytes[..tail]);
+        }
+        found
+    }
+
+    /// A write hit a frame: its copies are given up and made anew when they are executed again.
+    pub fn code_written(&mut self, m: &mut Machine, code: &CodeMemory, at: GuestPhys) {
+        let pfn = (at.0 >> 12) as u32;
+        for number in self.by_frame.remove(&pfn).unwrap_or_default() {
+            if let Some(page) = self.pages.remove(&(number, pfn)) {
+                code.free(page.offset);
+                m.untrack(pfn);
+                self.dropped.push((GuestLin(number << 12), pfn));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decoders_fall_into_step_on_code_and_not_on_noise() {
+        // mov eax, imm32 (b8) five bytes each, so that 64 is inside of one: 13 * 5 = 65.
+        let mut code = [0u8; 80];
+        for i in 0..16 {
+            code[i * 5..i * 5 + 5].copy_from_slice(&[0xb8, 0x90, 0x90, 0x90, 0x90]);
+        }
+        assert_eq!(agreed_boundary(&code), None);
+        // Preceded by a few one-byte instructions every start agrees.
+        code[..58].fill(0x90);
+        code[58..63].copy_from_slice(&[0xb8, 0, 0, 0, 0]);
+        code[63..68].copy_from_slice(&[0xb8, 0, 0, 0, 0]);
+        assert_eq!(agreed_boundary(&code), Some(4));
+    }
+
+    #[test]
+    fn pairs_that_go_wrong_silently_make_a_page_a_candidate() {
+        assert!(candidate(0x0f, 0xa2) && candidate(0xcd, 0x80) && candidate(0x0f, 0x01));
+        assert!(!candidate(0x0f, 0xaf) && !candidate(0xcd, 0x81) && !candidate(0x90, 0xa2));
+    }
+}
