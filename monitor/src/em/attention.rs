@@ -71,10 +71,10 @@ impl Attention {
         let wanted = || self.wanted.load(Ordering::SeqCst);
         match limit {
             Some(limit) => {
-                drop(self.sleep.wait_timeout_while(guard, limit, |_| !wanted()));
+                let _guard = self.sleep.wait_timeout_while(guard, limit, |_| !wanted());
             }
             None => {
-                drop(self.sleep.wait_while(guard, |_| !wanted()));
+                let _guard = self.sleep.wait_while(guard, |_| !wanted());
             }
         }
     }

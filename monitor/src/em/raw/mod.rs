@@ -131,7 +131,6 @@ impl KickTarget {
 }
 
 struct CachedSegment {
-    selector: u16,
     segment: Segment,
     host: u16,
 }
@@ -663,11 +662,9 @@ impl RawEngine {
                             record(Cause::InPatch, Route::Signal);
                             return Ok(After::Continue);
                         }
-                        Location::Guest => {
-                            if !self.kernel_code.is_proven_start(GuestLin(cpu.eip)) {
-                                record(Cause::Scan, Route::Signal);
-                                return self.scan(cpu, m);
-                            }
+                        Location::Guest if !self.kernel_code.is_proven_start(GuestLin(cpu.eip)) => {
+                            record(Cause::Scan, Route::Signal);
+                            return self.scan(cpu, m);
                         }
                         _ => {}
                     }
@@ -1022,7 +1019,7 @@ impl RawEngine {
         w.vcpu_write(base + 4, high);
         w.vcpu_write(base + 8, u32::from(host));
         w.vcpu_write(base + 12, 1);
-        self.segment_cache[index] = Some(CachedSegment { selector: s.selector, segment: s, host });
+        self.segment_cache[index] = Some(CachedSegment { segment: s, host });
         Ok(())
     }
 }
