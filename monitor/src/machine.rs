@@ -4,6 +4,7 @@ use crate::cpuid_msr::{CpuPolicy, WrmsrEffect};
 use crate::cpum::{CpuState, seg};
 use crate::env::{Env, PagingChange, Privilege};
 use crate::iom::Devices;
+use crate::pgm::tlb::Tlb;
 use crate::pgm::walk::{Access, PhysMemory, walk};
 use crate::tm::Clock;
 use crate::trap::Trap;
@@ -33,6 +34,7 @@ pub struct Machine {
     tracked: Vec<u16>,
     /// Writes seen since the engine last looked.
     pub code_writes: Vec<CodeWrite>,
+    tlb: Tlb,
     /// Flushes since the engine last looked.
     pub paging_changes: Vec<PagingChange>,
     /// A device was accessed: deadlines and interrupt lines may have changed.
@@ -50,6 +52,7 @@ impl Machine {
             clock,
             tracked: vec![0; frames],
             code_writes: Vec::new(),
+            tlb: Tlb::default(),
             paging_changes: Vec::new(),
             devices_touched: true,
         }
@@ -109,19 +112,29 @@ impl Machine {
         }
     }
 
+    /// The frame behind a page for an access, from the TLB or by a walk.
+    fn frame(&mut self, cpu: &CpuState, lin: GuestLin, access: Access) -> Result<GuestPhys, Trap> {
+        if let Some(frame) = self.tlb.get(lin, access) {
+            return Ok(frame);
+        }
+        let leaf = walk(self, cpu, lin, access).map_err(|code| Trap::pf(code, lin.0))?;
+        self.tlb.put(lin, access, leaf.frame);
+        Ok(leaf.frame)
+    }
+
     /// Translates every page of an access; nothing is accessed unless all of it may be.
-    fn translate(&self, cpu: &CpuState, at: GuestLin, len: usize, access: Access) -> Result<Chunks, Trap> {
+    fn translate(&mut self, cpu: &CpuState, at: GuestLin, len: usize, access: Access) -> Result<Chunks, Trap> {
         let mut chunks = Chunks { list: [(GuestPhys(0), 0); 3], n: 0 };
         let mut lin = at;
         let mut left = len;
         while left > 0 {
-            let leaf = walk(self, cpu, lin, access).map_err(|code| Trap::pf(code, lin.0))?;
+            let frame = self.frame(cpu, lin, access)?;
             let here = left.min(0x1000 - lin.page_offset());
             if chunks.n == chunks.list.len() {
                 // No instruction accesses more than two pages at once; string instructions are split by the caller.
                 return Err(Trap::gp(0));
             }
-            chunks.list[chunks.n] = (leaf.frame.wrapping_add(lin.page_offset() as u64), here);
+            chunks.list[chunks.n] = (frame.wrapping_add(lin.page_offset() as u64), here);
             chunks.n += 1;
             lin = lin.wrapping_add(here as u32);
             left -= here;
@@ -189,8 +202,8 @@ impl Env for Machine {
         let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
         let access = Access::fetch(privilege);
         let first = buf.len().min(0x1000 - at.page_offset());
-        let leaf = walk(self, cpu, at, access).map_err(|code| Trap::pf(code, at.0))?;
-        self.read_ram(leaf.frame.wrapping_add(at.page_offset() as u64), &mut buf[..first]);
+        let frame = self.frame(cpu, at, access)?;
+        self.read_ram(frame.wrapping_add(at.page_offset() as u64), &mut buf[..first]);
         let rest = buf.len() - first;
         if rest == 0 {
             return Ok(first);
@@ -234,6 +247,7 @@ impl Env for Machine {
     fn wrmsr(&mut self, cpu: &mut CpuState, msr: u32, value: u64) -> Result<(), Trap> {
         let tsc = self.tsc(cpu);
         if self.policy.wrmsr(cpu, msr, value, tsc)? == WrmsrEffect::PagingMode {
+            self.tlb.clear();
             self.paging_changes.push(PagingChange::Mode);
         }
         Ok(())
@@ -244,6 +258,7 @@ impl Env for Machine {
     }
 
     fn paging_changed(&mut self, _cpu: &CpuState, change: PagingChange) {
+        self.tlb.clear();
         self.paging_changes.push(change);
     }
 }

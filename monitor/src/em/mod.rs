@@ -12,27 +12,29 @@ pub mod ticker;
 
 use crate::account::{Account, Cause, Kind};
 use crate::config::Trace;
-use crate::cpum::{CpuState, cr0, eflags, seg};
+use crate::cpum::{CpuState, Shadow, cr0, eflags, seg};
 use crate::debug::console::{self, ConsoleTarget, Info};
-use crate::env::Env;
 use crate::interp::{self, Step};
 use crate::iom::ResetCause;
 use crate::machine::Machine;
 use crate::trap::{Event, Trap};
 use crate::trpm;
 use attention::{Attention, Request};
-use csam::GuestLin;
 use host_driver_shim::tsc::read as host_tsc;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use patm::vcpu_page as vp;
 use raw::{After, ExitRecord, RawEngine, RawRefusal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use ticker::Ticker;
 
 /// Instructions interpreted in a row before the loop looks around.
 const INTERPRETER_SLICE: u32 = 2048;
+/// Instructions interpreted on after one that had to be, in the hope of meeting the next: about what an exit costs.
+const BURST: u32 = 64;
+/// A site whose bursts met nothing this often is not tried again.
+const BURST_HOPELESS: i8 = -2;
 /// Exits remembered for a dump.
 const RING: usize = 64;
 
@@ -53,6 +55,17 @@ pub enum Stop {
     Fatal(String),
     /// The host cannot go on: the reason in a line.
     Host(String),
+}
+
+/// Interpreting on after an exit.
+#[derive(Clone, Copy, Debug)]
+struct Burst {
+    /// The site whose exit started it.
+    site: u32,
+    /// Instructions left until it is given up.
+    left: u32,
+    /// It met something that would have been an exit.
+    hit: bool,
 }
 
 /// One virtual CPU with its machine.
@@ -76,6 +89,11 @@ pub struct Em {
     ring: Vec<(ExitRecord, u64)>,
     exits: u64,
     open: Option<(ExitRecord, Kind, u64)>,
+    burst: Option<Burst>,
+    /// For each site that is interpreted: whether interpreting on from it met another one.
+    burst_scores: HashMap<u32, i8>,
+    /// Sensitive instructions that were interpreted in bursts, so that they cost no exit.
+    pub burst_hits: u64,
     ns_per_tsc: f64,
     stop: Option<Stop>,
     stopped: bool,
@@ -109,6 +127,9 @@ impl Em {
             ring: Vec::with_capacity(RING),
             exits: 0,
             open: None,
+            burst: None,
+            burst_scores: HashMap::new(),
+            burst_hits: 0,
             ns_per_tsc,
             stop: None,
             stopped: false,
@@ -133,7 +154,7 @@ impl Em {
     pub fn run(&mut self) -> Stop {
         loop {
             if let Some(stop) = self.stop.take() {
-                self.close_record();
+                self.close_record(host_tsc());
                 return stop;
             }
             if self.attention.wanted() {
@@ -208,7 +229,7 @@ impl Em {
             self.stop = Some(Stop::Halted);
             return;
         }
-        self.close_record();
+        self.close_record(host_tsc());
         let now = self.m.clock.now();
         match self.deadline {
             Some(d) if d <= now => {}
@@ -261,8 +282,59 @@ impl Em {
                 self.deliver(Event::Exception(Trap::NM));
             }
             Some(reason) => self.interpret_slice(Some(reason)),
+            None if self.burst.is_some() => self.interpret_burst(),
             None => self.run_raw(),
         }
+    }
+
+    /// Goes on interpreting: loops over ports, page flushes and code writes leave the world once, not at every turn.
+    fn interpret_burst(&mut self) {
+        let Some(mut burst) = self.burst.take() else { return };
+        if self.cpu.cpl != 0 {
+            burst.left = 0;
+        }
+        while burst.left > 0 {
+            burst.left -= 1;
+            self.interpreted += 1;
+            let (flushes, writes) = (self.m.paging_changes.len(), self.m.code_writes.len());
+            match interp::step(&mut self.cpu, &mut self.m) {
+                Step::Done => {}
+                Step::Halted => {
+                    burst.left = 0;
+                    break;
+                }
+                Step::Raise(event) => {
+                    self.deliver(event);
+                    burst.left = 0;
+                    break;
+                }
+            }
+            if self.m.devices_touched
+                || self.m.paging_changes.len() != flushes
+                || self.m.code_writes.len() != writes
+            {
+                burst.left = BURST;
+                burst.hit = true;
+                self.burst_hits += 1;
+                if self.m.paging_changes.len() + self.m.code_writes.len() > 4096 {
+                    // The engine has to follow before the lists grow without bound.
+                    burst.left = 0;
+                }
+                break;
+            }
+            if self.cpu.shadow != Shadow::None
+                || self.cpu.eflags & eflags::IF != 0 && self.m.devices.interrupt_pending()
+                || self.attention.wanted()
+            {
+                break;
+            }
+        }
+        if burst.left > 0 {
+            self.burst = Some(burst);
+            return;
+        }
+        let score = self.burst_scores.entry(burst.site).or_default();
+        *score = if burst.hit { (*score + 1).min(4) } else { score.saturating_sub(1) };
     }
 
     /// Interprets until raw mode is possible again, or for a while.
@@ -310,7 +382,6 @@ impl Em {
     }
 
     fn run_raw(&mut self) {
-        self.close_record();
         let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
         let Some(raw) = &mut self.raw else { return };
         let after = match raw.run(&mut self.cpu, &mut self.m, waits) {
@@ -325,8 +396,9 @@ impl Em {
                 return;
             }
         };
-        let left = host_tsc();
+        let (entered, left) = raw.last_run();
         let record = raw.last_exit();
+        self.close_record(entered);
         self.exits += 1;
         if self.ring.len() < RING {
             self.ring.push((record, self.exits));
@@ -359,24 +431,19 @@ impl Em {
                 if cause == Cause::Sensitive {
                     cause = finer_cause(&instruction);
                 }
+                let site = self.cpu.eip;
                 self.interpret_one(&instruction);
+                if self.cpu.cpl == 0 && self.burst_scores.get(&site).is_none_or(|&s| s > BURST_HOPELESS) {
+                    self.burst = Some(Burst { site, left: BURST, hit: false });
+                }
             }
         }
         self.open = Some((ExitRecord { cause, ..record }, kind, left));
     }
 
-    /// Decodes the instruction at EIP for the accounting; invalid if it cannot be fetched.
+    /// Decodes the instruction at EIP; an invalid one if that is not possible.
     fn decode(&mut self) -> Instruction {
-        let mut bytes = [0u8; 15];
-        let at = GuestLin(self.cpu.linear_eip());
-        match self.m.fetch(&self.cpu, at, &mut bytes) {
-            Ok(n) => {
-                let bits = if self.cpu.seg[seg::CS].big() && !self.cpu.real_addressing() { 32 } else { 16 };
-                Decoder::with_ip(bits, &bytes[..n.min(15)], u64::from(self.cpu.eip), DecoderOptions::NONE)
-                    .decode()
-            }
-            Err(_) => Instruction::default(),
-        }
+        interp::fetch_decode(&self.cpu, &mut self.m).unwrap_or_default()
     }
 
     fn interpret_one(&mut self, instruction: &Instruction) {
@@ -385,7 +452,12 @@ impl Em {
             raw.fetch_fpu(&mut self.cpu);
         }
         let ring0 = self.cpu.cpl == 0;
-        match interp::step(&mut self.cpu, &mut self.m) {
+        let step = if instruction.is_invalid() {
+            interp::step(&mut self.cpu, &mut self.m)
+        } else {
+            interp::execute(&mut self.cpu, &mut self.m, instruction)
+        };
+        match step {
             Step::Done => {
                 if ring0
                     && let Some(which) = loaded_segment(instruction)
@@ -400,17 +472,19 @@ impl Em {
         }
     }
 
-    fn close_record(&mut self) {
+    /// Enters the last exit into the account: it took until `entered` (TSC).
+    fn close_record(&mut self, entered: u64) {
         if let Some((record, kind, left)) = self.open.take() {
-            let ns = (host_tsc().wrapping_sub(left) as f64 * self.ns_per_tsc) as u64;
+            let ns = (entered.wrapping_sub(left) as f64 * self.ns_per_tsc) as u64;
             self.account.record(record.cause, record.route, kind, record.eip, record.cpl, ns);
         }
     }
 
     /// Enters what is only known at the end (in-line counters, patches, sizes) into the account.
     pub fn finish_account(&mut self) {
-        self.close_record();
+        self.close_record(host_tsc());
         self.account.set_gauge("exits", self.exits);
+        self.account.set_gauge("exits_saved_by_interpreting_on", self.burst_hits);
         self.account.set_gauge("interpreted_instructions", self.interpreted);
         if let Some(raw) = &self.raw {
             let (users, data, code) = raw.sizes();
@@ -521,7 +595,7 @@ impl ConsoleTarget for Em {
                 None => "no scans: everything is interpreted\n".into(),
             },
             Info::Faults => {
-                self.close_record();
+                self.close_record(host_tsc());
                 let stats = self.account.stats("raw", self.m.clock.now());
                 crate::account::report::render(&stats, None, crate::paint::Paint::PLAIN)
             }

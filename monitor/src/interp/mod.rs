@@ -15,6 +15,7 @@
 mod alu;
 mod bits;
 mod control;
+mod decode_cache;
 mod data;
 mod dispatch;
 mod flow;
@@ -95,12 +96,19 @@ type Res<T = ()> = Result<T, Trap>;
 /// Interprets the instruction at CS:EIP. Clears an interrupt shadow that was in force when it started, sets one where
 /// the instruction does.
 pub fn step(cpu: &mut CpuState, env: &mut dyn Env) -> Step {
+    match fetch_decode(cpu, env) {
+        Ok(insn) => execute(cpu, env, &insn),
+        Err(trap) => {
+            cpu.shadow = Shadow::None;
+            Step::Raise(Event::Exception(trap))
+        }
+    }
+}
+
+/// Interprets an instruction that [`fetch_decode`] has just returned for CS:EIP.
+pub fn execute(cpu: &mut CpuState, env: &mut dyn Env, insn: &Instruction) -> Step {
     cpu.shadow = Shadow::None;
-    let insn = match fetch_decode(cpu, env) {
-        Ok(insn) => insn,
-        Err(trap) => return Step::Raise(Event::Exception(trap)),
-    };
-    execute(cpu, env, &insn)
+    run(cpu, env, insn)
 }
 
 /// Decodes the instruction at CS:EIP without executing it. The trap is the one its execution would raise.
@@ -113,16 +121,24 @@ pub fn fetch_decode(cpu: &CpuState, env: &mut dyn Env) -> Result<Instruction, Tr
     let room = (cs.limit - cpu.eip).min(14) as usize + 1;
     let at = GuestLin(cpu.linear_eip());
     let got = env.fetch(cpu, at, bytes.get_mut(..room).unwrap_or_default())?.min(room);
-    let bitness = if cs.big() { 32 } else { 16 };
+    let big = cs.big();
+    let fetched = bytes.get(..got).unwrap_or_default();
+    if let Some(insn) = decode_cache::get(at.0, cpu.eip, big, fetched) {
+        return Ok(insn);
+    }
+    let bitness = if big { 32 } else { 16 };
     let mut decoder = Decoder::with_ip(
         bitness,
-        bytes.get(..got).unwrap_or_default(),
+        fetched,
         u64::from(cpu.eip),
         DecoderOptions::NONE,
     );
     let insn = decoder.decode();
     match decoder.last_error() {
-        DecoderError::None => Ok(insn),
+        DecoderError::None => {
+            decode_cache::put(at.0, cpu.eip, big, fetched, &insn);
+            Ok(insn)
+        }
         DecoderError::NoMoreBytes if got < room => {
             // The missing byte lies on a page that faults: CR2 is the address of that byte, not of the instruction.
             Err(env.fetch_fault(cpu, GuestLin(at.0.wrapping_add(got as u32))).unwrap_or(Trap::gp(0)))
@@ -135,7 +151,7 @@ pub fn fetch_decode(cpu: &CpuState, env: &mut dyn Env) -> Result<Instruction, Tr
     }
 }
 
-fn execute(cpu: &mut CpuState, env: &mut dyn Env, insn: &Instruction) -> Step {
+fn run(cpu: &mut CpuState, env: &mut dyn Env, insn: &Instruction) -> Step {
     let resume = Checkpoint::of(cpu);
     let next = cpu.eip.wrapping_add(insn.len() as u32);
     // In a 16-bit code segment IP wraps only where the limit lets it: a fetch at 0x10000 must fault, so keep the carry.

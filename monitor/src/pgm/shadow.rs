@@ -226,7 +226,7 @@ impl Shadow {
                 if e.large()
                     && region.entries.iter().all(|e| e.large() || !e.mapped())
                     && peek(mem, cpu, GuestLin(base | (i as u32) << 12))
-                        .is_some_and(|l| l.shift > 12 && e.still_good(&l))
+                        .is_some_and(|l| l.shift > 12 && e.still_good(&l) && (e.global() || !l.global))
                 {
                     return true;
                 }
@@ -234,10 +234,19 @@ impl Shadow {
             let mut run: Option<(u32, u32)> = None;
             for i in 0..512u32 {
                 let e = region.entries[i as usize];
-                let stale = e.mapped() && !(scope == Scope::NonGlobal && e.global()) && {
+                let mut stale = false;
+                if e.mapped() && !(scope == Scope::NonGlobal && e.global()) {
                     let leaf = peek(mem, cpu, GuestLin(base | i << 12));
-                    !leaf.is_some_and(|l| e.still_good(&l))
-                };
+                    match leaf.filter(|l| e.still_good(l)) {
+                        // Filled before the guest made it global: from here on CR3 loads need not look at it.
+                        Some(l) if l.global && !e.global() => {
+                            region.entries[i as usize] = Entry(e.0 | Entry::G);
+                            region.non_global -= 1;
+                        }
+                        Some(_) => {}
+                        None => stale = true,
+                    }
+                }
                 if stale {
                     region.entries[i as usize] = Entry::default();
                     region.count -= 1;

@@ -25,6 +25,7 @@ use crate::trap::{Event, Trap};
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::raw::RawEngine as RawHost;
+use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{Backing, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
 use kernel_code::KernelCode;
 use layout::{Layout, TRAMP_LEN};
@@ -156,6 +157,8 @@ pub struct RawEngine {
     /// Which space's world has the guest's newest FPU state; None: CPUM has it.
     fpu_in: Option<usize>,
     last: ExitRecord,
+    /// TSC when the last run entered the world and when it left.
+    last_run: (u64, u64),
     /// How often reservations moved.
     pub moves: u64,
     /// Worlds that died and were made again.
@@ -205,6 +208,7 @@ impl RawEngine {
                 cpl: 0,
                 raw: WorldExit::Kick,
             },
+            last_run: (0, 0),
             moves: 0,
             rebuilt: 0,
         };
@@ -222,6 +226,12 @@ impl RawEngine {
     #[must_use]
     pub fn last_exit(&self) -> ExitRecord {
         self.last
+    }
+
+    /// TSC when the last run entered the world and when it left.
+    #[must_use]
+    pub fn last_run(&self) -> (u64, u64) {
+        self.last_run
     }
 
     /// Number of ring-3 spaces, data pages mapped, code-view pages mapped.
@@ -516,7 +526,10 @@ impl RawEngine {
             self.fpu_in = Some(number);
         }
         let space = self.space(number);
-        let exit = match space.run(&mut regs) {
+        let entered = host_tsc();
+        let exit = space.run(&mut regs);
+        self.last_run = (entered, host_tsc());
+        let exit = match exit {
             Ok(exit) => exit,
             Err(WorldError::BadState(why)) => {
                 log::warn!("a world could not load the guest's state: {why}");
