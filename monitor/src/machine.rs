@@ -123,7 +123,13 @@ impl Machine {
     }
 
     /// Translates every page of an access; nothing is accessed unless all of it may be.
-    fn translate(&mut self, cpu: &CpuState, at: GuestLin, len: usize, access: Access) -> Result<Chunks, Trap> {
+    fn translate(
+        &mut self,
+        cpu: &CpuState,
+        at: GuestLin,
+        len: usize,
+        access: Access,
+    ) -> Result<Chunks, Trap> {
         let mut chunks = Chunks { list: [(GuestPhys(0), 0); 3], n: 0 };
         let mut lin = at;
         let mut left = len;

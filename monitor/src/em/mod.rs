@@ -32,7 +32,7 @@ use ticker::Ticker;
 /// Instructions interpreted in a row before the loop looks around.
 const INTERPRETER_SLICE: u32 = 2048;
 /// Instructions interpreted on after one that had to be, in the hope of meeting the next: about what an exit costs.
-const BURST: u32 = 64;
+const BURST: u32 = 200;
 /// A site whose bursts met nothing this often is not tried again.
 const BURST_HOPELESS: i8 = -2;
 /// Exits remembered for a dump.
@@ -241,6 +241,37 @@ impl Em {
 
     /// Delivers an event through the guest's IDT.
     fn deliver(&mut self, event: Event) {
+        self.note_delivery(event);
+        if let Err(triple) = trpm::deliver(&mut self.cpu, &mut self.m, event) {
+            let deliberate = self.cpu.idtr.limit < 8;
+            self.stop = Some(if deliberate {
+                Stop::Restart("triple fault")
+            } else {
+                Stop::Fatal(format!(
+                    "triple fault: {:?} could not be delivered (last {:?})",
+                    triple.first, triple.last
+                ))
+            });
+        }
+    }
+
+    /// Delivers what the instruction at `start` raised.
+    fn raise(&mut self, event: Event, start: u32) {
+        if matches!(event, Event::Software { .. }) {
+            // A fault on the way into the gate is a fault of the `int` itself.
+            if let Err(trap) = trpm::try_deliver(&mut self.cpu, &mut self.m, event) {
+                self.cpu.eip = start;
+                self.deliver(Event::Exception(trap));
+            } else {
+                self.note_delivery(event);
+            }
+        } else {
+            self.deliver(event);
+        }
+    }
+
+    /// Accounts for a delivery and traces it.
+    fn note_delivery(&mut self, event: Event) {
         let vector = match event {
             Event::Exception(trap) => trap.vector,
             Event::Software { vector, .. } | Event::External { vector } => vector,
@@ -255,17 +286,6 @@ impl Em {
             );
         }
         self.account.record_injected(vector);
-        if let Err(triple) = trpm::deliver(&mut self.cpu, &mut self.m, event) {
-            let deliberate = self.cpu.idtr.limit < 8;
-            self.stop = Some(if deliberate {
-                Stop::Restart("triple fault")
-            } else {
-                Stop::Fatal(format!(
-                    "triple fault: {:?} could not be delivered (last {:?})",
-                    triple.first, triple.last
-                ))
-            });
-        }
     }
 
     fn execute(&mut self) {
@@ -296,6 +316,7 @@ impl Em {
         while burst.left > 0 {
             burst.left -= 1;
             self.interpreted += 1;
+            let start = self.cpu.eip;
             let (flushes, writes) = (self.m.paging_changes.len(), self.m.code_writes.len());
             match interp::step(&mut self.cpu, &mut self.m) {
                 Step::Done => {}
@@ -304,7 +325,7 @@ impl Em {
                     break;
                 }
                 Step::Raise(event) => {
-                    self.deliver(event);
+                    self.raise(event, start);
                     burst.left = 0;
                     break;
                 }
@@ -345,11 +366,12 @@ impl Em {
         let mut n = 0;
         while n < INTERPRETER_SLICE {
             n += 1;
+            let start = self.cpu.eip;
             match interp::step(&mut self.cpu, &mut self.m) {
                 Step::Done => {}
                 Step::Halted => break,
                 Step::Raise(event) => {
-                    self.deliver(event);
+                    self.raise(event, start);
                     break;
                 }
             }
@@ -452,6 +474,7 @@ impl Em {
             raw.fetch_fpu(&mut self.cpu);
         }
         let ring0 = self.cpu.cpl == 0;
+        let start = self.cpu.eip;
         let step = if instruction.is_invalid() {
             interp::step(&mut self.cpu, &mut self.m)
         } else {
@@ -468,7 +491,7 @@ impl Em {
                 }
             }
             Step::Halted => {}
-            Step::Raise(event) => self.deliver(event),
+            Step::Raise(event) => self.raise(event, start),
         }
     }
 

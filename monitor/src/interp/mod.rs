@@ -15,8 +15,8 @@
 mod alu;
 mod bits;
 mod control;
-mod decode_cache;
 mod data;
+mod decode_cache;
 mod dispatch;
 mod flow;
 mod fpu;
@@ -127,12 +127,7 @@ pub fn fetch_decode(cpu: &CpuState, env: &mut dyn Env) -> Result<Instruction, Tr
         return Ok(insn);
     }
     let bitness = if big { 32 } else { 16 };
-    let mut decoder = Decoder::with_ip(
-        bitness,
-        fetched,
-        u64::from(cpu.eip),
-        DecoderOptions::NONE,
-    );
+    let mut decoder = Decoder::with_ip(bitness, fetched, u64::from(cpu.eip), DecoderOptions::NONE);
     let insn = decoder.decode();
     match decoder.last_error() {
         DecoderError::None => {

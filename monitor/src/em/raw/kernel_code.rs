@@ -50,7 +50,6 @@ pub struct KernelCode {
     map: CodeMap,
     /// The patch manager.
     pub patm: Patm,
-    layout: Layout,
     count_inline: bool,
     pages: HashMap<u32, CodePage>,
     by_frame: HashMap<u32, Vec<u32>>,
@@ -104,7 +103,6 @@ impl KernelCode {
         KernelCode {
             map: CodeMap::new(CodeSize::Bits32),
             patm: Self::patm(&layout, count_inline),
-            layout,
             count_inline,
             pages: HashMap::new(),
             by_frame: HashMap::new(),
@@ -166,12 +164,6 @@ impl KernelCode {
     /// Every trampoline page with its code memory.
     pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
         self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))
-    }
-
-    /// A data access at world address `lin` would hit a page of the code view.
-    #[must_use]
-    pub fn shows_at(&self, lin: GuestLin) -> bool {
-        self.pages.contains_key(&(self.layout.guest_of_code(lin.0).0 >> 12))
     }
 
     /// The code memory of the copy of `lin`'s page, made if need be. None when the code memory is used up.

@@ -318,7 +318,8 @@ impl RawEngine {
 
     /// Puts the vCPU page, the gate and the trampolines into the ring-0 world.
     fn furnish_kernel(&mut self) -> Result<(), RawError> {
-        self.kernel.world.place_gate(WorldLin(self.layout.gate), WorldLin(self.layout.vcpu))?;
+        let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
+        self.kernel.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
         let pages: Vec<_> = self.kernel_code.trampoline_pages().collect();
         for (lin, offset) in pages {
             self.kernel.world.map(
@@ -400,11 +401,11 @@ impl RawEngine {
                     }
                 }
                 PagingChange::Page(lin) => {
-                    self.kernel.drop_data(lin)?;
+                    self.kernel.drop_data(lin, &self.layout)?;
                     self.kernel.drop_code(lin, &self.layout)?;
                     for space in &mut self.users {
                         if space.role == (Role::User { cr3: cpu.cr3 }) {
-                            space.drop_data(lin)?;
+                            space.drop_data(lin, &self.layout)?;
                             space.drop_code(lin, &self.layout)?;
                         }
                     }
@@ -434,7 +435,7 @@ impl RawEngine {
         {
             for space in std::iter::once(&mut self.kernel).chain(&mut self.users) {
                 for lin in space.data.take_writable(pfn) {
-                    space.drop_data(lin)?;
+                    space.drop_data(lin, &self.layout)?;
                 }
             }
         }
@@ -822,7 +823,7 @@ impl RawEngine {
         };
         let layout = self.layout;
         if error_code & pf::FETCH != 0 {
-            let lin = layout.guest_of_code(cr2);
+            let lin = layout.guest_of_code(WorldLin(cr2));
             let leaf = match walk(m, cpu, lin, Access::fetch(privilege)) {
                 Ok(leaf) => leaf,
                 Err(code) => {
@@ -847,7 +848,7 @@ impl RawEngine {
             }
             return after(self, Cause::Scan, After::Continue);
         }
-        let lin = GuestLin(cr2);
+        let lin = layout.guest_of_data(WorldLin(cr2));
         let write = error_code & pf::WRITE != 0;
         if supervisor && layout.reserved(lin) {
             // The guest reached for what is ours. If it has something there we move, else it gets its fault.
@@ -867,7 +868,7 @@ impl RawEngine {
                 );
             }
         };
-        if lin.0 < LOW_LIMIT {
+        if layout.data(lin).0 < LOW_LIMIT {
             return after(self, Cause::LowMemory, After::Interpret);
         }
         if !m.is_ram(leaf.frame) {
@@ -878,7 +879,7 @@ impl RawEngine {
             return after(self, Cause::CodeWrite, After::Interpret);
         }
         // A code-view page of this space where the guest has data: one of them must go.
-        let there = layout.guest_of_code(lin.page_base().0);
+        let there = layout.code_in_place_of(lin.page_base());
         if self.space(number).code.get(there).mapped() {
             if there.page_base() == GuestLin(cpu.linear_eip()).page_base() {
                 self.relocate(m)?;
@@ -898,7 +899,7 @@ impl RawEngine {
             .ok_or(RawError::CodeMemory(self.code.size() >> 20))?;
         self.settle_code()?;
         let layout = self.layout;
-        self.kernel.drop_data(GuestLin(layout.code(lin).0))?;
+        self.kernel.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
         self.kernel.map_code(lin, leaf, Backing::Code(offset), &layout)?;
         Ok(())
     }
@@ -920,7 +921,7 @@ impl RawEngine {
         self.settle_code()?;
         let layout = self.layout;
         let space = &mut self.users[number - 1];
-        space.drop_data(GuestLin(layout.code(lin).0))?;
+        space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
         space.map_code(lin, leaf, backing, &layout)?;
         Ok(())
     }
@@ -944,7 +945,7 @@ impl RawEngine {
         if large && number == KERNEL {
             let region = lin.0 & !0x1f_ffff;
             let ours = |l: &Layout| {
-                let tramp = l.tramp.wrapping_add(l.delta);
+                let tramp = l.tramp_as_data();
                 [l.vcpu, l.gate, tramp].iter().any(|a| a & !0x1f_ffff == region)
                     || region.wrapping_sub(tramp) < TRAMP_LEN
             };
@@ -963,10 +964,10 @@ impl RawEngine {
         for page in lo..lo + span {
             let at = GuestLin(page << 12);
             let mut this = None;
-            let skip = at.0 < LOW_LIMIT
+            let skip = layout.data(at).0 < LOW_LIMIT
                 || page != centre && self.space(number).data.get(at).mapped()
                 || number == KERNEL && layout.reserved(at)
-                || self.space(number).code.get(layout.guest_of_code(at.0)).mapped();
+                || self.space(number).code.get(layout.code_in_place_of(at)).mapped();
             if !skip {
                 let l = if page == centre {
                     Some(leaf)
@@ -987,17 +988,17 @@ impl RawEngine {
                     run.push(l);
                     continue;
                 }
-                self.space(number).map_data_run(run_at, &run, run_write)?;
+                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
                 run.clear();
                 run.push(l);
                 run_at = at;
                 run_write = w;
             } else {
-                self.space(number).map_data_run(run_at, &run, run_write)?;
+                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
                 run.clear();
             }
         }
-        self.space(number).map_data_run(run_at, &run, run_write)?;
+        self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
         Ok(())
     }
 
@@ -1049,7 +1050,7 @@ mod tests {
     #[test]
     fn layouts_keep_our_own_pages_apart() {
         for l in Layout::CANDIDATES {
-            let tramp = l.tramp.wrapping_add(l.delta);
+            let tramp = l.tramp_as_data();
             assert!(l.vcpu.wrapping_sub(tramp) >= TRAMP_LEN && l.gate.wrapping_sub(tramp) >= TRAMP_LEN);
             assert_eq!(l.tramp & 0xff_ffff, 0);
             assert!(

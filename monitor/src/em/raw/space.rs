@@ -10,8 +10,8 @@ use csam::GuestLin;
 use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
 use std::collections::HashMap;
 
-/// The host's own flat 32-bit-capable data selector (GDT entry 5, RPL 3): base 0, limit 4 GiB.
-pub const HOST_FLAT: u16 = 0x2b;
+/// The host's own flat 32-bit code selector (GDT entry 4, RPL 3): base 0, limit 4 GiB.
+const HOST_CODE32: u16 = 0x23;
 /// First LDT slot we use: high, so that the low selectors a guest's own LDT would have fault in a world.
 const FIRST_SLOT: u16 = 0x800;
 /// Slots in a host LDT (LDT_ENTRIES).
@@ -93,9 +93,12 @@ impl Space {
             return Ok(0);
         }
         if is_cs {
-            let pages = seg.limit == u32::MAX || seg.limit > 0xf_ffff;
+            if seg.base == 0 && seg.limit == u32::MAX && seg.big() {
+                return Ok(HOST_CODE32);
+            }
+            let pages = seg.limit > 0xf_ffff;
             return self.slot(HostSegment {
-                base: seg.base.wrapping_add(layout.delta),
+                base: seg.base,
                 limit: if pages { seg.limit >> 12 } else { seg.limit },
                 limit_in_pages: pages,
                 code: true,
@@ -106,14 +109,11 @@ impl Space {
         }
         let code = seg.attr.contains(SegAttr::CODE);
         let rw = code || seg.attr.contains(SegAttr::RW);
-        if seg.is_flat() && rw && !code && seg.big() {
-            return Ok(HOST_FLAT);
-        }
         let expand_down = !code && seg.attr.contains(SegAttr::EXPAND_DOWN);
         let pages = seg.limit > 0xf_ffff;
         // A readable code segment as data: a read-only data descriptor does the same.
         self.slot(HostSegment {
-            base: seg.base,
+            base: seg.base.wrapping_add(layout.delta),
             limit: if pages { seg.limit >> 12 } else { seg.limit },
             limit_in_pages: pages,
             code: false,
@@ -143,7 +143,7 @@ impl Space {
         let world = &mut self.world;
         self.data.sync(m, cpu, scope, |at, pages| {
             if result.is_ok() {
-                result = world.unmap(WorldLin(at.0), pages << 12);
+                result = unmap_data(world.as_mut(), layout, at, pages);
             }
         });
         let world = &mut self.world;
@@ -156,8 +156,8 @@ impl Space {
     }
 
     /// Drops one data page.
-    pub fn drop_data(&mut self, lin: GuestLin) -> Result<(), WorldError> {
-        if self.data.clear(lin) { self.world.unmap(WorldLin(lin.page_base().0), 0x1000) } else { Ok(()) }
+    pub fn drop_data(&mut self, lin: GuestLin, layout: &Layout) -> Result<(), WorldError> {
+        if self.data.clear(lin) { self.world.unmap(layout.data(lin.page_base()), 0x1000) } else { Ok(()) }
     }
 
     /// Drops one page of the code view.
@@ -172,16 +172,17 @@ impl Space {
         lin: GuestLin,
         leaves: &[Leaf],
         host_write: bool,
+        layout: &Layout,
     ) -> Result<(), WorldError> {
         let Some(first) = leaves.first() else { return Ok(()) };
         if self.data.small() > MAX_SMALL_MAPPINGS {
             let runs: Vec<GuestLin> = self.data.pages().map(|(l, _)| l).collect();
             self.data.clear_all();
-            unmap_runs(self.world.as_mut(), &runs)?;
+            unmap_runs(self.world.as_mut(), layout, &runs)?;
         }
         let prot = if host_write { Prot::READ | Prot::WRITE } else { Prot::READ };
         self.world.map(
-            WorldLin(lin.page_base().0),
+            layout.data(lin.page_base()),
             (leaves.len() as u32) << 12,
             Backing::Ram(first.frame.0),
             prot,
@@ -212,8 +213,16 @@ impl Space {
     }
 }
 
+/// Unmaps a run of data pages; where the shift by delta carries it over the end of the world it is two runs.
+fn unmap_data(world: &mut dyn World, layout: &Layout, at: GuestLin, pages: u32) -> Result<(), WorldError> {
+    let start = layout.data(at);
+    let first = pages.min(0x10_0000 - (start.0 >> 12));
+    world.unmap(start, first << 12)?;
+    if first < pages { world.unmap(WorldLin(0), (pages - first) << 12) } else { Ok(()) }
+}
+
 /// Unmaps single pages as few runs.
-fn unmap_runs(world: &mut dyn World, pages: &[GuestLin]) -> Result<(), WorldError> {
+fn unmap_runs(world: &mut dyn World, layout: &Layout, pages: &[GuestLin]) -> Result<(), WorldError> {
     let mut pages: Vec<u32> = pages.iter().map(|p| p.0 >> 12).collect();
     pages.sort_unstable();
     let mut i = 0;
@@ -222,7 +231,7 @@ fn unmap_runs(world: &mut dyn World, pages: &[GuestLin]) -> Result<(), WorldErro
         while i + n < pages.len() && pages[i + n] == pages[i] + n as u32 {
             n += 1;
         }
-        world.unmap(WorldLin(pages[i] << 12), (n as u32) << 12)?;
+        unmap_data(world, layout, GuestLin(pages[i] << 12), n as u32)?;
         i += n;
     }
     Ok(())
