@@ -79,6 +79,6 @@ impl Layout {
         let page = lin.0 & !0xfff;
         page == self.vcpu
             || page == self.gate
-            || lin.0.wrapping_sub(self.tramp.wrapping_add(self.delta)) < TRAMP_LEN
+            || lin.0.wrapping_sub(self.tramp_as_data()) < TRAMP_LEN
     }
 }
