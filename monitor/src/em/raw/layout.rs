@@ -30,12 +30,14 @@ impl Layout {
     /// place of data at b8048000, both between the heap and the mmap area or in the stack gap, where little is mapped.
     /// Trampolines are where no kernel has code, at a distance from c1000000 that makes the highest byte of a jump's
     /// displacement trap ([`patm::good_bases`]).
-    pub const CANDIDATES: [Layout; 5] = [
+    pub const CANDIDATES: [Layout; 6] = [
         Layout { delta: 0x5000_0000, tramp: 0xaf00_0000, vcpu: 0x9d00_0000, gate: 0x9d00_1000 },
         Layout { delta: 0x7000_0000, tramp: 0xaf00_0000, vcpu: 0x7c80_0000, gate: 0x7c80_1000 },
         Layout { delta: 0x9000_0000, tramp: 0xa700_0000, vcpu: 0x5c40_0000, gate: 0x5c40_1000 },
         Layout { delta: 0x5c00_0000, tramp: 0xa700_0000, vcpu: 0x8dc0_0000, gate: 0x8dc0_1000 },
         Layout { delta: 0xac00_0000, tramp: 0xaf00_0000, vcpu: 0x3d00_0000, gate: 0x3d00_1000 },
+        // For kernels low in memory, without paging, with up to 3 GiB of RAM.
+        Layout { delta: 0x1000_0000, tramp: 0xdf00_0000, vcpu: 0xc500_0000, gate: 0xc500_1000 },
     ];
 
     /// Where the world fetches the instruction at guest linear `lin`.

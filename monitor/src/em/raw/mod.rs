@@ -40,6 +40,8 @@ const MAX_USER_SPACES: usize = 16;
 const LOW_LIMIT: u32 = 0x1_0000;
 /// Pages mapped around a faulting one where the guest has them present.
 const AROUND: u32 = 16;
+/// After so many moves the reservations stay where they are: a guest that has memory everywhere would keep us moving.
+const MAX_MOVES: u64 = 40;
 /// EFLAGS bits that are the hardware's own while guest ring-0 code runs; the others are virtual.
 const NATIVE_FLAGS: u32 = eflags::ARITH | eflags::DF;
 /// EFLAGS bits that guest user code may change natively.
@@ -361,6 +363,70 @@ impl RawEngine {
         self.clear_kernel()
     }
 
+    /// Whether a world laid out so would hide guest memory: behind the code view of `code`, or (in the ring-0 world)
+    /// behind our own pages. Reading there would not fault, it would show the wrong bytes.
+    fn hides(m: &Machine, cpu: &CpuState, layout: &Layout, code: GuestLin, supervisor: bool) -> bool {
+        Self::hides_behind_code(m, cpu, layout, code, supervisor)
+            || supervisor
+                && [layout.vcpu, layout.gate, layout.tramp, layout.tramp_as_data()]
+                    .into_iter()
+                    .any(|at| peek(m, cpu, GuestLin(at)).is_some_and(|l| m.is_ram(l.frame)))
+    }
+
+    /// The part of [`Self::hides`] that is about one page of code.
+    fn hides_behind_code(
+        m: &Machine,
+        cpu: &CpuState,
+        layout: &Layout,
+        code: GuestLin,
+        supervisor: bool,
+    ) -> bool {
+        let place = layout.code(code.page_base());
+        let ours = [layout.vcpu, layout.gate].into_iter().any(|at| layout.data(GuestLin(at)) == place);
+        supervisor && ours
+            || peek(m, cpu, layout.guest_of_data(place))
+                .is_some_and(|l| m.is_ram(l.frame) && (supervisor || l.user))
+    }
+
+    /// Moves the reservations if they hide guest memory and can lie where they do not; says whether they moved.
+    fn make_room(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        code: GuestLin,
+        supervisor: bool,
+    ) -> Result<bool, RawError> {
+        if self.moves >= MAX_MOVES || !Self::hides(m, cpu, &self.layout, code, supervisor) {
+            return Ok(false);
+        }
+        let better = Layout::CANDIDATES.iter().position(|l| !Self::hides(m, cpu, l, code, supervisor));
+        let Some(better) = better else { return Ok(false) };
+        self.layouts_tried = better;
+        self.relocate(m)?;
+        Ok(true)
+    }
+
+    /// Gives up every copy of code, kernel's and users', when code memory is used up: what is executed again is
+    /// scanned again.
+    fn recycle_code(&mut self, m: &mut Machine) -> Result<(), RawError> {
+        log::info!("code memory is used up: all copies are made anew");
+        self.kernel_code.reset(m, &self.code, self.layout);
+        self.user_code.reset(m, &self.code);
+        for space in &mut self.users {
+            space.clear()?;
+        }
+        self.clear_kernel()
+    }
+
+    /// The code memory of the copy of a ring-0 page.
+    fn kernel_page(&mut self, m: &mut Machine, lin: GuestLin, pfn: u32) -> Result<u64, RawError> {
+        if let Some(offset) = self.kernel_code.page(m, &self.code, lin, pfn) {
+            return Ok(offset);
+        }
+        self.recycle_code(m)?;
+        self.kernel_code.page(m, &self.code, lin, pfn).ok_or(RawError::CodeMemory(self.code.size() >> 20))
+    }
+
     /// Follows what the guest (or the monitor for it) changed since the last run.
     fn follow_changes(&mut self, m: &mut Machine, cpu: &CpuState) -> Result<(), RawError> {
         while !m.code_writes.is_empty() {
@@ -373,7 +439,9 @@ impl RawEngine {
         if m.paging_changes.is_empty() {
             return Ok(());
         }
+        let mut moved = false;
         for change in std::mem::take(&mut m.paging_changes) {
+            moved |= !matches!(change, PagingChange::Page(_));
             match change {
                 PagingChange::Mode => {
                     let key = (cpu.cr0 & (cr0::PG | cr0::WP))
@@ -411,6 +479,9 @@ impl RawEngine {
                     }
                 }
             }
+        }
+        if moved {
+            self.make_room(m, cpu, GuestLin(cpu.linear_eip()), cpu.cpl != 3)?;
         }
         Ok(())
     }
@@ -726,7 +797,7 @@ impl RawEngine {
             return Ok(After::Interpret);
         }
         let pfn = (leaf.frame.0 >> 12) as u32;
-        self.kernel_code.page(m, &self.code, lin, pfn).ok_or(RawError::CodeMemory(self.code.size() >> 20))?;
+        self.kernel_page(m, lin, pfn)?;
         let found = self.kernel_code.scan(m, &self.code, cpu, lin);
         self.settle_code()?;
         // Nothing decodable there, or a site that could not be patched: the interpreter knows what the guest sees.
@@ -744,6 +815,17 @@ impl RawEngine {
     ) -> Result<After, RawError> {
         cpu.eflags = (cpu.eflags & !(USER_FLAGS | eflags::RF)) | (regs.eflags & USER_FLAGS) | eflags::FIXED;
         let mut reloaded = false;
+        let (cs, eip) = (regs.sel[seg::CS], cpu.eip);
+        if cs != self.users[number - 1].loaded[seg::CS] {
+            // A far transfer to a selector behind which the host has a code segment; what has the guest there?
+            self.last =
+                ExitRecord { cause: Cause::Segment, route: Route::Signal, eip, cpl: cpu.cpl, raw: exit };
+            return Ok(match selm::far_jump(cpu, m, cs, eip, 4) {
+                Ok(()) if exit == WorldExit::Kick => After::Kicked,
+                Ok(()) => After::Continue,
+                Err(trap) => After::Deliver(Event::Exception(trap)),
+            });
+        }
         for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
             let loaded = self.users[number - 1].loaded[i];
             if regs.sel[i] == loaded {
@@ -837,6 +919,13 @@ impl RawEngine {
             if !m.is_ram(leaf.frame) || layout.code(lin).0 < LOW_LIMIT {
                 return after(self, Cause::Mmio, After::Interpret);
             }
+            if self.make_room(m, cpu, lin, supervisor)? {
+                return after(self, Cause::Scan, After::Continue);
+            }
+            if Self::hides_behind_code(m, cpu, &layout, lin, supervisor) {
+                // Memory everywhere. Slow, but the guest sees its own bytes.
+                return after(self, Cause::Scan, After::Interpret);
+            }
             if supervisor {
                 if layout.in_trampolines(lin) {
                     self.relocate(m)?;
@@ -893,10 +982,7 @@ impl RawEngine {
 
     fn map_kernel_code(&mut self, m: &mut Machine, lin: GuestLin, leaf: &Leaf) -> Result<(), RawError> {
         let pfn = (leaf.frame.0 >> 12) as u32;
-        let offset = self
-            .kernel_code
-            .page(m, &self.code, lin, pfn)
-            .ok_or(RawError::CodeMemory(self.code.size() >> 20))?;
+        let offset = self.kernel_page(m, lin, pfn)?;
         self.settle_code()?;
         let layout = self.layout;
         self.kernel.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
@@ -913,7 +999,12 @@ impl RawEngine {
         leaf: &Leaf,
     ) -> Result<(), RawError> {
         let pfn = (leaf.frame.0 >> 12) as u32;
-        let backing = match self.user_code.view(m, cpu, &self.code, lin, pfn) {
+        let mut view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+        if matches!(view, user_code::View::NoMemory) {
+            self.recycle_code(m)?;
+            view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+        }
+        let backing = match view {
             user_code::View::Direct => Backing::Ram(leaf.frame.0),
             user_code::View::Copy(offset) => Backing::Code(offset),
             user_code::View::NoMemory => return Err(RawError::CodeMemory(self.code.size() >> 20)),
@@ -950,7 +1041,7 @@ impl RawEngine {
                     || region.wrapping_sub(tramp) < TRAMP_LEN
             };
             // The guest has memory right where we sit, and reads there would not fault.
-            if ours(&self.layout) && self.layouts_tried < 8 * Layout::CANDIDATES.len() {
+            if ours(&self.layout) && self.moves < MAX_MOVES {
                 return self.relocate(m);
             }
         }

@@ -16,7 +16,7 @@ const HOST_CODE32: u16 = 0x23;
 const FIRST_SLOT: u16 = 0x800;
 /// Slots in a host LDT (LDT_ENTRIES).
 const LAST_SLOT: u16 = 8191;
-/// More host mappings than this, and the data view is emptied (vm.max_map_count is 65,530 by default).
+/// More host mappings than this, and the view (data or code) is emptied (vm.max_map_count is 65,530 by default).
 const MAX_SMALL_MAPPINGS: usize = 24_000;
 
 /// What a space is for.
@@ -201,6 +201,12 @@ impl Space {
         backing: Backing,
         layout: &Layout,
     ) -> Result<(), WorldError> {
+        if self.code.len() > MAX_SMALL_MAPPINGS {
+            let places = self.code.pages().map(|(l, _)| layout.guest_of_data(layout.code(l)));
+            let places: Vec<GuestLin> = places.collect();
+            self.code.clear_all();
+            unmap_runs(self.world.as_mut(), layout, &places)?;
+        }
         self.world.map(layout.code(lin.page_base()), 0x1000, backing, Prot::READ | Prot::EXEC)?;
         self.code.set(lin.page_base(), Entry::new(leaf, false));
         Ok(())

@@ -250,6 +250,18 @@ impl UserCode {
         found
     }
 
+    /// Gives up every copy.
+    pub fn reset(&mut self, m: &mut Machine, code: &CodeMemory) {
+        for ((_, pfn), page) in self.pages.drain() {
+            code.free(page.offset);
+            m.untrack(pfn);
+        }
+        self.by_frame.clear();
+        self.forced.clear();
+        self.newly_tracked.clear();
+        self.dropped.clear();
+    }
+
     /// A write hit a frame: its copies are given up and made anew when they are executed again.
     pub fn code_written(&mut self, m: &mut Machine, code: &CodeMemory, at: GuestPhys) {
         let pfn = (at.0 >> 12) as u32;
