@@ -79,8 +79,6 @@ impl Layout {
     #[must_use]
     pub fn reserved(&self, lin: GuestLin) -> bool {
         let page = lin.0 & !0xfff;
-        page == self.vcpu
-            || page == self.gate
-            || lin.0.wrapping_sub(self.tramp_as_data()) < TRAMP_LEN
+        page == self.vcpu || page == self.gate || lin.0.wrapping_sub(self.tramp_as_data()) < TRAMP_LEN
     }
 }
