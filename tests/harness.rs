@@ -1,10 +1,12 @@
 //! Runs a guest as a user would: a process with its console on pipes, expected and typed at like a terminal.
 
+use nix::sys::termios::{OutputFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use std::fmt;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -61,7 +63,9 @@ struct Console {
 /// A running guest (or any other program with a console). Dropping it kills its whole process group.
 pub struct Guest {
     child: Child,
-    stdin: Option<ChildStdin>,
+    stdin: Option<Box<dyn Write + Send>>,
+    /// The program's end of its terminal, if it has one.
+    terminal: Option<File>,
     console: Arc<(Mutex<Console>, Condvar)>,
     started: Instant,
     exited: Option<i32>,
@@ -103,8 +107,41 @@ impl Guest {
         let console = Arc::new((Mutex::new(Console { open: 2, ..Console::default() }), Condvar::new()));
         collect(child.stdout.take(), &console);
         collect(child.stderr.take(), &console);
-        let stdin = child.stdin.take();
-        Guest { child, stdin, console, started, exited: None }
+        let stdin = child.stdin.take().map(|stdin| Box::new(stdin) as Box<dyn Write + Send>);
+        Guest { child, stdin, terminal: None, console, started, exited: None }
+    }
+
+    /// Runs `subring` with these arguments on a terminal of its own.
+    ///
+    /// # Panics
+    /// When there are no pseudo-terminals, or the command cannot be started.
+    pub fn spawn_on_terminal<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Guest {
+        let pty = nix::pty::openpty(None, None).expect("a pseudo-terminal");
+        // No line ends of the terminal's making: what is expected is what the program sent.
+        let mut settings = tcgetattr(&pty.slave).expect("the settings of a terminal");
+        settings.output_flags.remove(OutputFlags::ONLCR);
+        tcsetattr(&pty.slave, SetArg::TCSANOW, &settings).expect("a terminal that can be set");
+        let slave = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
+        let mut command = Command::new(subring_binary());
+        command.args(args).stdin(slave()).stdout(slave()).stderr(slave()).process_group(0);
+        let started = Instant::now();
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
+        drop(command);
+        let console = Arc::new((Mutex::new(Console { open: 1, ..Console::default() }), Condvar::new()));
+        let master = File::from(pty.master);
+        collect(Some(master.try_clone().expect("a descriptor")), &console);
+        let terminal = Some(File::from(pty.slave));
+        Guest { child, stdin: Some(Box::new(master)), terminal, console, started, exited: None }
+    }
+
+    /// How the program's terminal is set now: input, output, control and local flags and the control characters.
+    ///
+    /// # Panics
+    /// When the program was not started on a terminal.
+    #[must_use]
+    pub fn terminal_settings(&self) -> Termios {
+        let terminal = self.terminal.as_ref().expect("a program on a terminal");
+        tcgetattr(terminal).expect("the settings of a terminal")
     }
 
     /// Process id of the program itself; its process group has the same number.

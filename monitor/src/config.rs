@@ -76,7 +76,7 @@ pub struct ModuleFile {
 /// Where a serial port leads.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum SerialTarget {
-    /// The port exists and is connected to nothing.
+    /// Connected to nothing: COM1 exists nevertheless, the others only when they lead somewhere.
     #[default]
     None,
     /// Our standard input and output.

@@ -331,6 +331,14 @@ impl Devices {
         taken.len()
     }
 
+    /// A break on the line of COM `com` (0-3).
+    pub fn serial_break(&mut self, com: usize) {
+        if let Some(uart) = self.serial.get_mut(com).and_then(Option::as_mut) {
+            uart.receive_break();
+        }
+        self.pump_serial(com);
+    }
+
     /// How many bytes [`serial_input`](Devices::serial_input) would keep; 0 for a port that does not exist.
     #[must_use]
     pub fn serial_room(&self, com: usize) -> usize {

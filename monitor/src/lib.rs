@@ -5,6 +5,7 @@ pub mod boot;
 pub mod builtin;
 pub mod cli;
 pub mod config;
+pub mod console_io;
 pub mod cpuid_msr;
 pub mod cpum;
 pub mod debug;

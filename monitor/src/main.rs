@@ -1,5 +1,6 @@
 //! The `subring` command.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{BufWriter, Write, stderr, stdout};
 use std::path::Path;
 
@@ -12,9 +13,35 @@ use monitor::doctor;
 use monitor::outcome::{Ending, ExitCode};
 use monitor::paint::Paint;
 use monitor::scan::{self, ScanError, ScanOptions};
+use monitor::terminal;
 use monitor::vm;
 
+/// A panic is one line, and ends the process whichever thread it happens on: a monitor with a thread missing would
+/// hang. The main thread unwinds, so that output is still written; its exit code is then 101, too.
+fn report_panics() {
+    let main = std::thread::current().id();
+    std::panic::set_hook(Box::new(move |info| {
+        terminal::restore_from_panic();
+        let what = info.payload();
+        let what = what
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| what.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("panic");
+        let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+        let _ = writeln!(stderr(), "subring: internal error{place}: {}", what.replace('\n', " "));
+        let backtrace = Backtrace::capture();
+        if backtrace.status() == BacktraceStatus::Captured {
+            let _ = writeln!(stderr(), "{backtrace}");
+        }
+        if std::thread::current().id() != main {
+            std::process::exit(i32::from(ExitCode::Internal as u8));
+        }
+    }));
+}
+
 fn main() -> std::process::ExitCode {
+    report_panics();
     env_logger::Builder::from_env(
         env_logger::Env::new().filter("SUBRING_LOG").write_style("SUBRING_LOG_STYLE"),
     )

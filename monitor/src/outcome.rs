@@ -17,13 +17,15 @@ pub enum ExitCode {
     /// The guest itself reported failure: the built-in guest's verdict is FAIL, or isa-debug-exit got another value
     /// than 0 or 10h.
     GuestFailed = 5,
+    /// A mistake in subring itself: a panic. Rust's own exit code for it.
+    Internal = 101,
     /// SIGINT, SIGTERM or SIGHUP ended the run.
     Interrupted = 130,
 }
 
 impl ExitCode {
     /// Every code with its meaning in a line, in numeric order.
-    pub const ALL: [(ExitCode, &'static str); 6] = [
+    pub const ALL: [(ExitCode, &'static str); 7] = [
         (ExitCode::Well, "the guest ended well (power-off, restart, halt for ever, verdict PASS, Ctrl-A x)"),
         (ExitCode::Usage, "usage, or an input file that cannot be used"),
         (
@@ -32,6 +34,7 @@ impl ExitCode {
         ),
         (ExitCode::HostCannot, "the host lacks something; `subring doctor` says what"),
         (ExitCode::GuestFailed, "the guest reported failure (verdict FAIL, isa-debug-exit not 0 or 10h)"),
+        (ExitCode::Internal, "an error in subring itself; one line says where"),
         (ExitCode::Interrupted, "interrupted by SIGINT, SIGTERM or SIGHUP"),
     ];
 }
@@ -104,7 +107,7 @@ mod tests {
     fn different_kinds_of_ending_have_different_codes() {
         let mut codes: Vec<u8> = ExitCode::ALL.iter().map(|(code, _)| *code as u8).collect();
         codes.dedup();
-        assert_eq!(codes, [0, 2, 3, 4, 5, 130]);
+        assert_eq!(codes, [0, 2, 3, 4, 5, 101, 130]);
     }
 
     #[test]

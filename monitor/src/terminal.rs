@@ -187,15 +187,20 @@ fn restore_on_panic() {
     ONCE.call_once(|| {
         let next = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            // The panicking thread may hold the lock; better a raw terminal than a deadlock.
-            if let Ok(slot) = SAVED.try_lock()
-                && let Some(saved) = &*slot
-            {
-                let _ = tcsetattr(&saved.fd, SetArg::TCSANOW, &saved.before);
-            }
+            restore_from_panic();
             next(info);
         }));
     });
+}
+
+/// As [`restore`], for a panic hook.
+pub fn restore_from_panic() {
+    // The panicking thread may hold the lock; better a raw terminal than a deadlock.
+    if let Ok(slot) = SAVED.try_lock()
+        && let Some(saved) = &*slot
+    {
+        let _ = tcsetattr(&saved.fd, SetArg::TCSANOW, &saved.before);
+    }
 }
 
 /// Do Ctrl-A commands apply to a serial port that leads here?

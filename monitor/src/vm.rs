@@ -3,8 +3,8 @@
 use crate::boot::{self, BootOptions, GuestMemoryWriter, Module, OutsideRam};
 use crate::builtin;
 use crate::config::{EngineChoice, Kernel, RunConfig};
+use crate::console_io::Console;
 use crate::cpuid_msr::CpuPolicy;
-use crate::debug::input;
 use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
 use crate::em::raw::RawEngine;
@@ -97,13 +97,13 @@ pub fn run(config: RunConfig) -> RunOutcome {
         Err(ending) => return RunOutcome::not_started(ending),
     };
     let attention = Arc::new(Attention::default());
-    let console = match input::Console::open(&config, &attention) {
+    let console = match Console::open(&config, &attention) {
         Ok(console) => console,
         Err(ending) => return RunOutcome::not_started(ending),
     };
     let outcome = loop {
         let (ending, again, stats) = boot_once(&config, &image, &attention, &console);
-        if !(again && config.reboot) {
+        if !again {
             break RunOutcome { ending, stats };
         }
     };
@@ -113,13 +113,8 @@ pub fn run(config: RunConfig) -> RunOutcome {
 
 type Finished = (Ending, bool, Option<Box<crate::account::Stats>>);
 
-/// One life of the guest, from switching on to its end; the flag says that it asked to be started again.
-fn boot_once(
-    config: &RunConfig,
-    image: &Image,
-    attention: &Arc<Attention>,
-    console: &input::Console,
-) -> Finished {
+/// One life of the guest, from switching on to its end; the flag says that it is to be started again.
+fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, console: &Console) -> Finished {
     let (tsc0, time0) = (host_tsc(), Instant::now());
     let ram = match GuestRam::new(config.memory) {
         Ok(ram) => ram,
@@ -178,7 +173,8 @@ fn boot_once(
     }
     let (ending, again) = match stop {
         Stop::Halted => (Ending::PoweredOff("halted with interrupts disabled"), false),
-        Stop::Restart(how) => (Ending::Restart(how), true),
+        Stop::Restart(how) => (Ending::Restart(how), config.reboot),
+        Stop::Reset => (Ending::Quit, true),
         Stop::DebugExit(value) => (Ending::DebugExit(value), false),
         Stop::Quit => (Ending::Quit, false),
         Stop::Interrupted => (Ending::Interrupted, false),

@@ -1,4 +1,3 @@
 //! Looking into a running guest.
 
 pub mod console;
-pub mod input;

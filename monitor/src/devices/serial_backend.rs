@@ -2,13 +2,14 @@
 //!
 //! Output: the virtual CPU's thread puts bytes into a bounded queue, a writer thread carries them away. When nobody takes
 //! them (a stopped terminal, a full pipe), the virtual CPU waits once for [`STALL_LIMIT`]; from then on bytes are dropped
-//! and counted until the queue moves again. Input: a reader thread sleeps in poll(2), passes each byte through the
+//! and counted until the queue moves again. A slow reader is none of these: the queue moves in steps of [`CHUNK`]. Input: a reader thread sleeps in poll(2), passes each byte through the
 //! filter and hands over what is left. The end of the input ends the reader, not the run.
 
 use super::ns16550a::{NullSink, SerialSink};
 use crate::config::SerialTarget;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,6 +23,8 @@ use std::time::{Duration, Instant};
 pub const OUTPUT_LIMIT: usize = 256 << 10;
 /// How long the virtual CPU waits for room, once per stall.
 pub const STALL_LIMIT: Duration = Duration::from_millis(500);
+/// Bytes the writer takes at once: a reader of 4 KiB/s or more loses nothing.
+pub const CHUNK: usize = 2048;
 /// The writer lets output gather so long: a wake-up per byte would cost more than the byte.
 const GATHER: Duration = Duration::from_millis(1);
 /// A non-blocking descriptor that is full is tried again after this.
@@ -51,7 +54,7 @@ pub enum SerialError {
 
 #[derive(Default)]
 struct Queue {
-    bytes: Vec<u8>,
+    bytes: VecDeque<u8>,
     /// The writer is busy with bytes it has taken.
     writing: bool,
     closed: bool,
@@ -89,7 +92,7 @@ impl Output {
                 return;
             }
         }
-        q.bytes.push(byte);
+        q.bytes.push_back(byte);
         if q.bytes.len() == 1 {
             self.filled.notify_one();
         }
@@ -105,12 +108,13 @@ impl Output {
             if q.bytes.is_empty() {
                 return;
             }
-            if !q.closed {
+            if !q.closed && q.bytes.len() < CHUNK {
                 drop(q);
                 thread::sleep(GATHER);
                 q = self.lock();
             }
-            let bytes = std::mem::take(&mut q.bytes);
+            let n = q.bytes.len().min(CHUNK);
+            let bytes: Vec<u8> = q.bytes.drain(..n).collect();
             q.writing = true;
             q.stalled = false;
             drop(q);
@@ -299,6 +303,15 @@ impl SerialBackend {
         self.output.as_ref().map_or(0, |o| o.lock().dropped)
     }
 
+    /// Output bytes that still wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.output.as_ref().map_or(0, |o| {
+            let q = o.lock();
+            q.bytes.len() + usize::from(q.writing)
+        })
+    }
+
     /// Waits at most `limit` until all output is written; false if it is not.
     pub fn drain(&self, limit: Duration) -> bool {
         self.output.as_ref().is_none_or(|o| o.drain(limit))
@@ -476,6 +489,30 @@ mod tests {
         assert!(backend.dropped() >= 999);
         assert!(!backend.drain(Duration::from_millis(10)));
         drop(release);
+    }
+
+    #[test]
+    fn a_slow_reader_gets_every_byte() {
+        /// Takes 1 KiB in 5 ms: the whole queue takes it longer than the limit for a stall.
+        struct Slow(Arc<Mutex<Vec<u8>>>);
+        impl Write for Slow {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                thread::sleep(Duration::from_millis(5));
+                let n = bytes.len().min(1024);
+                self.0.lock().unwrap().extend(&bytes[..n]);
+                Ok(n)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let got = Arc::default();
+        let backend = SerialBackend::start(Slow(Arc::clone(&got)), |_| {}).unwrap();
+        let text: Vec<u8> = (0..OUTPUT_LIMIT as u32 + 20_000).map(|i| (i >> 3) as u8).collect();
+        send(&mut backend.sink(), &text);
+        assert!(backend.drain(SOON));
+        assert_eq!(backend.dropped(), 0);
+        assert!(*got.lock().unwrap() == text);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub enum Stop {
     Halted,
     /// The guest asked for a restart.
     Restart(&'static str),
+    /// The user wants the machine reset.
+    Reset,
     /// isa-debug-exit.
     DebugExit(u32),
     /// The user's wish.
@@ -191,14 +193,26 @@ impl Em {
             match request {
                 Request::Quit => self.stop = Some(Stop::Quit),
                 Request::Interrupted => self.stop = Some(Stop::Interrupted),
-                Request::SerialInput(port, bytes) => {
-                    let now = self.m.clock.now();
-                    let _ = now;
-                    self.m.devices.serial_input(port, &bytes);
-                }
+                Request::Break(port) => self.m.devices.serial_break(port),
                 Request::Console(line) => {
                     let text = console::execute(&line, self);
-                    eprint!("{}", text.replace('\n', "\r\n"));
+                    self.attention.answer(&text);
+                }
+            }
+        }
+    }
+
+    /// Gives the UARTs as much of the waiting input as they have room for.
+    fn feed_serial(&mut self) {
+        if !self.attention.input_waits() {
+            return;
+        }
+        for port in 0..4 {
+            let room = self.m.devices.serial_room(port);
+            if room != 0 {
+                let bytes = self.attention.take_input(port, room);
+                if !bytes.is_empty() {
+                    self.m.devices.serial_input(port, &bytes);
                 }
             }
         }
@@ -206,6 +220,7 @@ impl Em {
 
     fn serve_devices(&mut self) {
         self.m.devices_touched = false;
+        self.feed_serial();
         let now = self.m.clock.now();
         if self.deadline.is_some_and(|d| d <= now) {
             self.m.devices.run_timers(now);
@@ -646,7 +661,7 @@ impl ConsoleTarget for Em {
         self.stopped = true;
     }
     fn reset(&mut self) {
-        self.stop = Some(Stop::Restart("console"));
+        self.stop = Some(Stop::Reset);
     }
     fn nmi(&mut self) {
         self.deliver(Event::Nmi);
