@@ -60,7 +60,7 @@ fn a_session_on_a_terminal() {
         ("patches", "refused"),
         ("csam", "scans"),
         ("faults", "top sites"),
-        ("worlds", "world"),
+        ("worlds", "ring 0"),
         ("memory", "256 MiB"),
     ] {
         guest.expect("(subring) ", SOON);
