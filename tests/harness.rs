@@ -66,6 +66,8 @@ pub struct Guest {
     stdin: Option<Box<dyn Write + Send>>,
     /// The program's end of its terminal, if it has one.
     terminal: Option<File>,
+    /// How that terminal was set before the program started.
+    settings: Option<Termios>,
     console: Arc<(Mutex<Console>, Condvar)>,
     started: Instant,
     exited: Option<i32>,
@@ -108,7 +110,7 @@ impl Guest {
         collect(child.stdout.take(), &console);
         collect(child.stderr.take(), &console);
         let stdin = child.stdin.take().map(|stdin| Box::new(stdin) as Box<dyn Write + Send>);
-        Guest { child, stdin, terminal: None, console, started, exited: None }
+        Guest { child, stdin, terminal: None, settings: None, console, started, exited: None }
     }
 
     /// Runs `subring` with these arguments on a terminal of its own.
@@ -121,6 +123,8 @@ impl Guest {
         let mut settings = tcgetattr(&pty.slave).expect("the settings of a terminal");
         settings.output_flags.remove(OutputFlags::ONLCR);
         tcsetattr(&pty.slave, SetArg::TCSANOW, &settings).expect("a terminal that can be set");
+        // Read back now: once the program runs, it may have changed them already.
+        let settings = Some(tcgetattr(&pty.slave).expect("the settings of a terminal"));
         let slave = || Stdio::from(pty.slave.try_clone().expect("a descriptor"));
         let mut command = Command::new(subring_binary());
         command.args(args).stdin(slave()).stdout(slave()).stderr(slave()).process_group(0);
@@ -131,7 +135,16 @@ impl Guest {
         let master = File::from(pty.master);
         collect(Some(master.try_clone().expect("a descriptor")), &console);
         let terminal = Some(File::from(pty.slave));
-        Guest { child, stdin: Some(Box::new(master)), terminal, console, started, exited: None }
+        Guest { child, stdin: Some(Box::new(master)), terminal, settings, console, started, exited: None }
+    }
+
+    /// How the program's terminal was set before the program started.
+    ///
+    /// # Panics
+    /// When the program was not started on a terminal.
+    #[must_use]
+    pub fn settings_before(&self) -> Termios {
+        self.settings.clone().expect("a program on a terminal")
     }
 
     /// How the program's terminal is set now: input, output, control and local flags and the control characters.

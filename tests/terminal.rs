@@ -34,7 +34,7 @@ fn a_session_on_a_terminal() {
     let _turn = one_guest_at_a_time();
     let args = or_skip!("a_session_on_a_terminal", debian(&[]));
     let mut guest = Guest::spawn_on_terminal(args);
-    let before = guest.terminal_settings();
+    let before = guest.settings_before();
     guest.expect("SUBRING-USERLAND", BOOT);
     guest.expect(PROMPT, BOOT);
     let raw = guest.terminal_settings().local_flags;
@@ -101,7 +101,7 @@ fn a_signal_restores_the_terminal_and_ends_with_130() {
     let _turn = one_guest_at_a_time();
     let args = or_skip!("a_signal_restores_the_terminal_and_ends_with_130", debian(&[]));
     let mut guest = Guest::spawn_on_terminal(args);
-    let before = guest.terminal_settings();
+    let before = guest.settings_before();
     guest.expect("SUBRING-USERLAND", BOOT);
     assert_ne!(guest.terminal_settings(), before);
     send_signal(&guest, Signal::SIGTERM);
@@ -137,7 +137,7 @@ fn a_guest_that_cannot_go_on_leaves_the_terminal_as_it_was() {
     std::fs::write(&path, code).unwrap();
     let file = path.display().to_string();
     let mut guest = Guest::spawn_on_terminal(["run", "--raw", &file, "--load-addr", "0x200000"]);
-    let before = guest.terminal_settings();
+    let before = guest.settings_before();
     let code = guest.wait_exit(SOON);
     std::fs::remove_file(&path).unwrap();
     assert_eq!(code, 3, "{}", guest.console());
