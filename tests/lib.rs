@@ -3,5 +3,6 @@
 pub mod cache;
 pub mod cpio;
 pub mod harness;
+pub mod hostile;
 pub mod initramfs;
 pub mod measure;

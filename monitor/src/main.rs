@@ -114,6 +114,9 @@ fn run(config: RunConfig) -> ExitCode {
         Ending::Interrupted => {
             complain(code, "interrupted");
         }
+        Ending::Restart("triple fault") => {
+            complain(code, "the guest restarted itself by a triple fault");
+        }
         Ending::PoweredOff(_) | Ending::Restart(_) | Ending::DebugExit(_) | Ending::Quit => {}
     }
     if let Some(stats) = outcome.stats {

@@ -19,6 +19,7 @@ use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::WorldError;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -46,26 +47,38 @@ impl GuestMemoryWriter for RamWriter<'_> {
     }
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, Ending> {
-    std::fs::read(path).map_err(|e| Ending::BadInput(format!("{}: {e}", path.display())))
+/// Reads an input file. What is no regular file (`/dev/zero`, say) is not read to its end if that is beyond guest RAM.
+fn read_file(path: &Path, memory: u64) -> Result<Vec<u8>, Ending> {
+    let bad = |why: &dyn std::fmt::Display| Ending::BadInput(format!("{}: {why}", path.display()));
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|e| bad(&e))?;
+    // A regular file may be larger than what is loaded of it: a vmlinux with debugging information.
+    let limit = if file.metadata().map_err(|e| bad(&e))?.is_file() { u64::MAX } else { memory };
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| bad(&e))?;
+    if bytes.len() as u64 > limit {
+        return Err(bad(&format_args!("larger than the guest's memory ({} MiB)", memory >> 20)));
+    }
+    Ok(bytes)
 }
 
 fn read_image(config: &RunConfig) -> Result<Image, Ending> {
     let mut options = BootOptions { cmdline: config.append.clone(), ..BootOptions::default() };
     let kernel = match &config.kernel {
         Kernel::Builtin => builtin::image().to_vec(),
-        Kernel::File(path) => read_file(path)?,
+        Kernel::File(path) => read_file(path, config.memory)?,
         Kernel::Raw { file, load, entry } => {
             options.raw =
                 Some(boot::raw::RawStart { load: *load, entry: *entry, mode: boot::raw::RawMode::Flat32 });
-            read_file(file)?
+            read_file(file, config.memory)?
         }
     };
     if let Some(initrd) = &config.initrd {
-        options.initrd = Some(read_file(initrd)?);
+        options.initrd = Some(read_file(initrd, config.memory)?);
     }
     for module in &config.modules {
-        options.modules.push(Module { cmdline: module.args.clone(), data: read_file(&module.path)? });
+        options
+            .modules
+            .push(Module { cmdline: module.args.clone(), data: read_file(&module.path, config.memory)? });
     }
     Ok(Image { kernel, options })
 }
@@ -92,6 +105,8 @@ pub fn run(config: RunConfig) -> RunOutcome {
         }
         EngineChoice::Auto | EngineChoice::Raw | EngineChoice::Interp => {}
     }
+    // With this handler a file that outgrows RLIMIT_FSIZE (guest RAM is one) is an error of the call, not our death.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let image = match read_image(&config) {
         Ok(image) => image,
         Err(ending) => return RunOutcome::not_started(ending),

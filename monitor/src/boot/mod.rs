@@ -284,7 +284,9 @@ fn flat_start(
     cpu.seg = [flat(BOOT_DS, 0x93); 6];
     cpu.seg[seg::CS] = flat(BOOT_CS, 0x9b);
     cpu.gdtr = TableRegister { base: gdt.0 as u32, limit: 31 };
-    cpu.idtr = TableRegister { base: 0, limit: 0 };
+    // As a BIOS leaves it. An IDT with no room for a gate would say that the guest wants its next exception to be a
+    // restart; a guest that has not loaded one yet wants nothing of the kind.
+    cpu.idtr = TableRegister { base: 0, limit: 0x3ff };
     cpu.cr0 = cr0::PE | cr0::ET;
     Ok(cpu)
 }
