@@ -517,7 +517,7 @@ fn more_pages_of_code_than_the_host_maps_are_no_trouble() {
             image.word(PAGE_DIRECTORY + 4 * i, if (0x100..0x150).contains(&i) { FREE | 7 } else { 0 });
         }
         for n in 0..0x400u32 {
-            image.word(FREE + 4 * n, (0x80_0000 + ((n * 7 & 0x3ff) << 12)) | 7);
+            image.word(FREE + 4 * n, (0x80_0000 + (((n * 7) & 0x3ff) << 12)) | 7);
             image.put(0x80_0000 + (n << 12), &[0xc3]);
         }
         image.run("raw", Duration::from_secs(60)).expect_said(event(0x40));

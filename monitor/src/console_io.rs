@@ -66,7 +66,8 @@ impl Console {
         let filter: Option<InputFilter> =
             terminal::escape_applies(target).then(|| commands(number, &self.attention, &screen));
         let backend = SerialBackend::open(target, on_input, filter).map_err(|e| match target {
-            SerialTarget::Pty => Ending::HostCannot(e.to_string()),
+            // Nothing the user named.
+            SerialTarget::Pty | SerialTarget::Stdio { .. } => Ending::HostCannot(e.to_string()),
             _ => Ending::BadInput(e.to_string()),
         })?;
         let _ = screen.to.set(Mutex::new(backend.sink()));
