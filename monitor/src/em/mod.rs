@@ -535,6 +535,9 @@ impl Em {
             self.account.set_gauge("code_pages_copied", pages as u64);
             self.account.set_gauge("instructions_known", instructions as u64);
             self.account.set_gauge("scans", c.scans);
+            self.account.set_gauge("exits_in_the_middle_of_an_instruction", c.mid_instruction);
+            self.account.set_gauge("sites_overlapping_other_code", c.conflicts);
+            self.account.set_gauge("sites_refused", c.refused);
             self.account.set_gauge("code_writes", c.code_writes);
             self.account.set_gauge("spans_rescanned", c.rescans);
             self.account.set_gauge("patches_undone", c.undone);

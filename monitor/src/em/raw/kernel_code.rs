@@ -41,6 +41,7 @@ pub struct Counts {
     pub undone: u64,
     pub refused: u64,
     pub conflicts: u64,
+    pub mid_instruction: u64,
     pub pages_made: u64,
     pub pages_dropped: u64,
 }
@@ -194,7 +195,7 @@ impl KernelCode {
         let lo = GuestLin(number << 12);
         let hi = lo.wrapping_add(0x1000);
         let orphans = self.undo_in(code, lo, hi);
-        let forgotten = self.map.forget_span(lo, hi);
+        let crossing = self.map.overlapping(lo, hi);
         self.map.forget_page(number);
         let Some(page) = self.pages.remove(&number) else { return };
         code.free(page.offset);
@@ -204,10 +205,14 @@ impl KernelCode {
         }
         self.dropped.push(lo);
         self.counts.pages_dropped += 1;
-        // An instruction that ran in from the page before, and windows that reached over the edge.
-        for at in forgotten {
+        // Instructions that ran in from the page before or out into the next one.
+        for (at, len) in crossing {
             if at < lo {
                 self.refresh(code, at, lo);
+            }
+            let end = at.wrapping_add(u32::from(len));
+            if end > hi {
+                self.refresh(code, hi, end);
             }
         }
         self.patch_sites(code, orphans);
@@ -448,6 +453,7 @@ impl KernelCode {
         }
         again.extend(report.sites.iter().map(|s| s.at));
         self.patch_sites(code, again);
+        self.assert_only_scanned(code, &report.pages);
     }
 
     /// A write hit frame `at`: updates every copy of it. Returns false when there is none.
@@ -496,6 +502,38 @@ impl KernelCode {
         }
         self.refresh(code, lo, hi);
         self.patch_sites(code, orphans);
+        self.assert_only_scanned(code, &[lo.page_number()]);
+    }
+
+    /// In a debug build: every byte the view shows in these pages is unscanned filler, a byte of proven code, or part of
+    /// a patch. So no ring-0 byte can be executed that was not scanned.
+    fn assert_only_scanned(&self, code: &CodeMemory, pages: &[u32]) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        for number in pages {
+            let Some(page) = self.pages.get(number) else { continue };
+            for i in 0..4096u32 {
+                let at = GuestLin(number << 12 | i);
+                let shown = code.read_u8(page.offset + u64::from(i));
+                let fine = shown == Some(UNSCANNED)
+                    || self.patm.patch_at(at.0).is_some()
+                    || !matches!(self.patm.locate(at.0), Location::Guest)
+                    || self.map.proven(at) && shown == Some(page.original[i as usize]);
+                assert!(fine, "the code view shows an unscanned byte at {at}: {shown:02x?}");
+            }
+        }
+    }
+
+    /// The view shows something else than a trap at `eip`, and yet no known instruction starts there: guest code jumped
+    /// into the middle of one.
+    #[must_use]
+    pub fn is_mid_instruction(&self, code: &CodeMemory, eip: GuestLin) -> bool {
+        self.pages.get(&eip.page_number()).is_some_and(|page| {
+            !self.map.is_instruction_start(eip)
+                && code.read_u8(page.offset + eip.page_offset() as u64) != Some(UNSCANNED)
+                && matches!(self.patm.locate(eip.0), Location::Guest)
+        })
     }
 
     /// The original instruction bytes at `at` are proven code: executing it there is no surprise.

@@ -1,0 +1,123 @@
+//! Filling the shadow: mapping guest pages into worlds.
+
+use super::*;
+
+impl RawEngine {
+    pub(super) fn map_kernel_code(
+        &mut self,
+        m: &mut Machine,
+        lin: GuestLin,
+        leaf: &Leaf,
+    ) -> Result<(), RawError> {
+        let pfn = (leaf.frame.0 >> 12) as u32;
+        let offset = self.kernel_page(m, lin, pfn)?;
+        self.settle_code()?;
+        let layout = self.layout;
+        self.kernel.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
+        self.kernel.map_code(lin, leaf, Backing::Code(offset), &layout)?;
+        Ok(())
+    }
+
+    pub(super) fn map_user_code(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        number: usize,
+        lin: GuestLin,
+        leaf: &Leaf,
+    ) -> Result<(), RawError> {
+        let pfn = (leaf.frame.0 >> 12) as u32;
+        let mut view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+        if matches!(view, user_code::View::NoMemory) {
+            self.recycle_code(m)?;
+            view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+        }
+        let backing = match view {
+            user_code::View::Direct => Backing::Ram(leaf.frame.0),
+            user_code::View::Copy(offset) => Backing::Code(offset),
+            user_code::View::NoMemory => return Err(RawError::CodeMemory(self.code.size() >> 20)),
+        };
+        self.settle_code()?;
+        let layout = self.layout;
+        let space = &mut self.users[number - 1];
+        space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
+        space.map_code(lin, leaf, backing, &layout)?;
+        Ok(())
+    }
+
+    /// Whether this space may map `leaf` writable now.
+    pub(super) fn host_write(&self, m: &Machine, cpu: &CpuState, number: usize, leaf: &Leaf) -> bool {
+        let allowed = leaf.writable || number == KERNEL && cpu.cr0 & cr0::WP == 0;
+        allowed && leaf.dirty && !m.is_tracked((leaf.frame.0 >> 12) as u32)
+    }
+
+    /// Maps the page of `lin` and what belongs around it.
+    pub(super) fn fill(
+        &mut self,
+        cpu: &CpuState,
+        m: &mut Machine,
+        number: usize,
+        lin: GuestLin,
+        leaf: Leaf,
+    ) -> Result<(), RawError> {
+        let large = leaf.shift > 12;
+        if large && number == KERNEL {
+            let region = lin.0 & !0x1f_ffff;
+            let ours = |l: &Layout| {
+                let tramp = l.tramp_as_data();
+                [l.vcpu, l.gate, tramp].iter().any(|a| a & !0x1f_ffff == region)
+                    || region.wrapping_sub(tramp) < TRAMP_LEN
+            };
+            // The guest has memory right where we sit, and reads there would not fault.
+            if ours(&self.layout) && self.moves < MAX_MOVES {
+                return self.relocate(m);
+            }
+        }
+        let span = if large { 512 } else { AROUND };
+        let lo = lin.page_number() & !(span - 1);
+        let centre = lin.page_number();
+        let layout = self.layout;
+        let mut run: Vec<Leaf> = Vec::new();
+        let mut run_at = GuestLin(0);
+        let mut run_write = false;
+        for page in lo..lo + span {
+            let at = GuestLin(page << 12);
+            let mut this = None;
+            let skip = layout.data(at).0 < LOW_LIMIT
+                || page != centre && self.space(number).data.get(at).mapped()
+                || number == KERNEL && layout.reserved(at)
+                || self.space(number).code.get(layout.code_in_place_of(at)).mapped();
+            if !skip {
+                let l = if page == centre {
+                    Some(leaf)
+                } else if large {
+                    let delta = u64::from(page).wrapping_sub(u64::from(centre)) << 12;
+                    Some(Leaf { frame: GuestPhys(leaf.frame.0.wrapping_add(delta)), ..leaf })
+                } else {
+                    peek(m, cpu, at)
+                        .filter(|l| l.shift == 12 && (number == KERNEL || l.user))
+                        .and_then(|_| prefetch(m, cpu, at))
+                };
+                this = l.filter(|l| m.is_ram(l.frame));
+            }
+            if let Some(l) = this {
+                let w = self.host_write(m, cpu, number, &l);
+                let follows = run.last().is_some_and(|p: &Leaf| p.frame.0 + 0x1000 == l.frame.0);
+                if follows && w == run_write {
+                    run.push(l);
+                    continue;
+                }
+                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+                run.clear();
+                run.push(l);
+                run_at = at;
+                run_write = w;
+            } else {
+                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+                run.clear();
+            }
+        }
+        self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,111 @@
+//! Where our own things lie: putting them into the ring-0 world, and moving them when the guest wants the place.
+
+use super::*;
+
+impl RawEngine {
+    /// Puts the vCPU page, the gate and the trampolines into the ring-0 world.
+    pub(super) fn furnish_kernel(&mut self) -> Result<(), RawError> {
+        let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
+        self.kernel.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
+        let pages: Vec<_> = self.kernel_code.trampoline_pages().collect();
+        for (lin, offset) in pages {
+            self.kernel.world.map(
+                self.layout.code(lin),
+                0x1000,
+                Backing::Code(offset),
+                Prot::READ | Prot::EXEC,
+            )?;
+        }
+        self.kernel_code.new_trampolines.clear();
+        self.forget_segment_cache();
+        Ok(())
+    }
+
+    pub(super) fn clear_kernel(&mut self) -> Result<(), RawError> {
+        self.kernel.clear()?;
+        self.furnish_kernel()
+    }
+
+    /// Moves every reservation: the guest wants addresses we sit on.
+    pub(super) fn relocate(&mut self, m: &mut Machine) -> Result<(), RawError> {
+        self.layout = Layout::CANDIDATES[self.layouts_tried % Layout::CANDIDATES.len()];
+        self.layouts_tried += 1;
+        self.moves += 1;
+        log::info!("reservations move to {:x?}", self.layout);
+        self.kernel_code.reset(m, &self.code, self.layout);
+        for space in &mut self.users {
+            space.clear()?;
+        }
+        self.clear_kernel()
+    }
+
+    /// Whether a world laid out so would hide guest memory: behind the code view of `code`, or (in the ring-0 world)
+    /// behind our own pages. Reading there would not fault, it would show the wrong bytes.
+    pub(super) fn hides(
+        m: &Machine,
+        cpu: &CpuState,
+        layout: &Layout,
+        code: GuestLin,
+        supervisor: bool,
+    ) -> bool {
+        Self::hides_behind_code(m, cpu, layout, code, supervisor)
+            || supervisor
+                && [layout.vcpu, layout.gate, layout.tramp, layout.tramp_as_data()]
+                    .into_iter()
+                    .any(|at| peek(m, cpu, GuestLin(at)).is_some_and(|l| m.is_ram(l.frame)))
+    }
+
+    /// The part of [`Self::hides`] that is about one page of code.
+    pub(super) fn hides_behind_code(
+        m: &Machine,
+        cpu: &CpuState,
+        layout: &Layout,
+        code: GuestLin,
+        supervisor: bool,
+    ) -> bool {
+        let place = layout.code(code.page_base());
+        let ours = [layout.vcpu, layout.gate].into_iter().any(|at| layout.data(GuestLin(at)) == place);
+        supervisor && ours
+            || peek(m, cpu, layout.guest_of_data(place))
+                .is_some_and(|l| m.is_ram(l.frame) && (supervisor || l.user))
+    }
+
+    /// Moves the reservations if they hide guest memory and can lie where they do not; says whether they moved.
+    pub(super) fn make_room(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        code: GuestLin,
+        supervisor: bool,
+    ) -> Result<bool, RawError> {
+        if self.moves >= MAX_MOVES || !Self::hides(m, cpu, &self.layout, code, supervisor) {
+            return Ok(false);
+        }
+        let better = Layout::CANDIDATES.iter().position(|l| !Self::hides(m, cpu, l, code, supervisor));
+        let Some(better) = better else { return Ok(false) };
+        self.layouts_tried = better;
+        self.relocate(m)?;
+        Ok(true)
+    }
+
+    /// Gives up every copy of code, kernel's and users', when code memory is used up: what is executed again is
+    /// scanned again.
+    pub(super) fn recycle_code(&mut self, m: &mut Machine) -> Result<(), RawError> {
+        log::info!("code memory is used up: all copies are made anew");
+        self.kernel_code.reset(m, &self.code, self.layout);
+        self.user_code.reset(m, &self.code);
+        for space in &mut self.users {
+            space.clear()?;
+        }
+        self.clear_kernel()
+    }
+
+    /// The code memory of the copy of a ring-0 page.
+    pub(super) fn kernel_page(&mut self, m: &mut Machine, lin: GuestLin, pfn: u32) -> Result<u64, RawError> {
+        if let Some(offset) = self.kernel_code.page(m, &self.code, lin, pfn) {
+            return Ok(offset);
+        }
+        self.recycle_code(m)?;
+        self.kernel_code.page(m, &self.code, lin, pfn).ok_or(RawError::CodeMemory(self.code.size() >> 20))
+    }
+}

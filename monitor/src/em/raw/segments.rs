@@ -1,0 +1,49 @@
+//! The segment cache of the vCPU page: selectors trampolines may load without leaving the world.
+
+use super::*;
+
+impl RawEngine {
+    pub(super) fn forget_segment_cache(&mut self) {
+        for (i, slot) in self.segment_cache.iter_mut().enumerate() {
+            if slot.take().is_some() {
+                self.kernel.world.vcpu_write(vp::SEGMENT_CACHE + 16 * i as u32 + 12, 0);
+            }
+        }
+        self.cache_generation = self.kernel.ldt_generation;
+    }
+
+    /// The interpreter has just loaded a segment register of ring 0: lets trampolines load the same selector.
+    pub fn cache_segment(&mut self, cpu: &CpuState, m: &mut Machine, which: usize) -> Result<(), RawError> {
+        let s = cpu.seg[which];
+        let index = usize::from(s.selector >> 3);
+        if s.selector & 4 != 0
+            || index == 0
+            || index >= self.segment_cache.len()
+            || !s.present()
+            || s.attr.contains(SegAttr::CODE)
+            || index * 8 + 7 > usize::from(cpu.gdtr.limit)
+        {
+            return Ok(());
+        }
+        let mut bytes = [0u8; 8];
+        let at = GuestLin(cpu.gdtr.base.wrapping_add(index as u32 * 8));
+        if m.read(cpu, at, &mut bytes, Privilege::Supervisor).is_err() {
+            return Ok(());
+        }
+        let layout = self.layout;
+        let host = self.kernel.host_selector(&s, false, &layout)?;
+        if self.cache_generation != self.kernel.ldt_generation {
+            self.forget_segment_cache();
+        }
+        let low = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        let high = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+        let base = vp::SEGMENT_CACHE + 16 * index as u32;
+        let w = &mut self.kernel.world;
+        w.vcpu_write(base, low);
+        w.vcpu_write(base + 4, high);
+        w.vcpu_write(base + 8, u32::from(host));
+        w.vcpu_write(base + 12, 1);
+        self.segment_cache[index] = Some(CachedSegment { segment: s, host });
+        Ok(())
+    }
+}
