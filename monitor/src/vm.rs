@@ -7,6 +7,7 @@ use crate::console_io::Console;
 use crate::cpuid_msr::CpuPolicy;
 use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
+use crate::em::placement::Placement;
 use crate::em::raw::RawEngine;
 use crate::em::{Em, Stop, dump};
 use crate::iom::{Devices, DevicesConfig};
@@ -149,11 +150,14 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         debug_exit: config.isa_debug_exit,
     });
     let m = Machine::new(ram.clone(), devices, CpuPolicy::host(), Clock::host());
-    let cpu = current_cpu();
+    let placement = match Placement::current() {
+        Ok(placement) => placement,
+        Err(e) => return (host_error("asking for the CPU", &e), false, None),
+    };
     let raw = if config.engine == EngineChoice::Interp {
         None
     } else {
-        match raw_engine(&ram, config, cpu) {
+        match raw_engine(&ram, config, placement.cpu()) {
             Ok(raw) => Some(raw),
             Err(e) => return (host_error("raw mode", &e), false, None),
         }
@@ -168,8 +172,8 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Err(e) => return (host_error("timer", &e), false, None),
     };
     // Only now: threads started before this must not share the CPU with a guest that never sleeps.
-    if let (Some(cpu), Some(_)) = (cpu, &em.raw)
-        && let Err(e) = raw::pin(cpu)
+    if em.raw.is_some()
+        && let Err(e) = em.settle(placement)
     {
         return (host_error("binding the thread to a CPU", &e), false, None);
     }
@@ -199,14 +203,9 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
     (ending, again, Some(stats))
 }
 
-fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: Option<usize>) -> Result<RawEngine, String> {
+fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngine, String> {
     let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
-    let host = raw::RawEngine::new(ram, &code, cpu).map_err(|e: WorldError| e.to_string())?;
+    let host = raw::RawEngine::new(ram, &code, Some(cpu)).map_err(|e: WorldError| e.to_string())?;
     let count_inline = config.stats || config.stats_out.is_some();
     RawEngine::new(host, code, count_inline).map_err(|e| e.to_string())
-}
-
-/// The host CPU this thread runs on now.
-fn current_cpu() -> Option<usize> {
-    nix::sched::sched_getcpu().ok()
 }

@@ -18,7 +18,7 @@ mod spawn;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::code_memory::CodeMemory;
@@ -28,6 +28,8 @@ use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_k
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
 use spawn::{Keeper, Process, futex_wait, futex_wake};
 
+/// No CPU to bind worlds to.
+const UNBOUND: usize = usize::MAX;
 /// How long the monitor sleeps before it looks whether a world still behaves.
 const TICK: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How many ticks a world may leave a kick unanswered before it is killed: only a hostile guest does.
@@ -66,7 +68,7 @@ pub struct RawEngine(Arc<Engine>);
 struct Engine {
     ram: GuestRam,
     code: CodeMemory,
-    cpu: Option<usize>,
+    cpu: AtomicUsize,
     filter: Vec<u64>,
     keeper: Keeper,
 }
@@ -76,7 +78,18 @@ impl RawEngine {
     pub fn new(ram: &GuestRam, code: &CodeMemory, cpu: Option<usize>) -> Result<RawEngine, WorldError> {
         let filter = jail::filter().map_err(host("building the jail's filter"))?;
         let keeper = Keeper::start().map_err(host("starting the world keeper"))?;
-        Ok(RawEngine(Arc::new(Engine { ram: ram.clone(), code: code.clone(), cpu, filter, keeper })))
+        Ok(RawEngine(Arc::new(Engine {
+            ram: ram.clone(),
+            code: code.clone(),
+            cpu: AtomicUsize::new(cpu.unwrap_or(UNBOUND)),
+            filter,
+            keeper,
+        })))
+    }
+
+    /// Worlds made from here on are bound to this CPU.
+    pub fn set_cpu(&self, cpu: usize) {
+        self.0.cpu.store(cpu, Ordering::Relaxed);
     }
 
     /// Makes a world, ready to run, with nothing mapped.
@@ -101,7 +114,8 @@ impl RawEngine {
             cpuid_faults: false,
             finished: false,
         };
-        if let Some(cpu) = engine.cpu {
+        let cpu = engine.cpu.load(Ordering::Relaxed);
+        if cpu != UNBOUND {
             world.pin(cpu)?;
         }
         world.wait(Some(BIRTH))?;
@@ -160,14 +174,6 @@ impl RawWorld {
     #[must_use]
     pub fn cpuid_faults(&self) -> bool {
         self.cpuid_faults
-    }
-
-    /// Binds the world to one host CPU.
-    pub fn pin(&mut self, cpu: usize) -> Result<(), WorldError> {
-        match set_affinity(self.process.pid, cpu) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.died()),
-            r => r.map_err(host("binding a world to a CPU")),
-        }
     }
 
     /// Carries out the queued commands now, without running guest code.
@@ -441,6 +447,13 @@ impl World for RawWorld {
             reserved: 0,
             offset: arena::STUB_OFFSET as u64,
         })
+    }
+
+    fn pin(&mut self, cpu: usize) -> Result<(), WorldError> {
+        match set_affinity(self.process.pid, cpu) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.died()),
+            r => r.map_err(host("binding a world to a CPU")),
+        }
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod dump;
+pub mod placement;
 pub mod raw;
 pub mod ticker;
 
@@ -23,6 +24,7 @@ use attention::{Attention, Request};
 use host_driver_shim::tsc::read as host_tsc;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use patm::vcpu_page as vp;
+use placement::Placement;
 use raw::{After, ExitRecord, RawEngine, RawRefusal};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -99,6 +101,7 @@ pub struct Em {
     ns_per_tsc: f64,
     stop: Option<Stop>,
     stopped: bool,
+    placement: Option<Placement>,
 }
 
 impl Em {
@@ -135,7 +138,15 @@ impl Em {
             ns_per_tsc,
             stop: None,
             stopped: false,
+            placement: None,
         })
+    }
+
+    /// Binds the calling thread, which is to be the EMT, to the CPU of the worlds.
+    pub fn settle(&mut self, placement: Placement) -> std::io::Result<()> {
+        placement.bind()?;
+        self.placement = Some(placement);
+        Ok(())
     }
 
     /// Number of exits from worlds so far.

@@ -241,6 +241,15 @@ impl RawEngine {
         self.last_run
     }
 
+    /// Moves every world to a host CPU.
+    pub fn pin(&mut self, cpu: usize) -> Result<(), RawError> {
+        self.host.set_cpu(cpu);
+        for space in std::iter::once(&mut self.kernel).chain(&mut self.users) {
+            space.world.pin(cpu)?;
+        }
+        Ok(())
+    }
+
     /// Number of ring-3 spaces, data pages mapped, code-view pages mapped.
     #[must_use]
     pub fn sizes(&self) -> (usize, usize, usize) {
