@@ -180,7 +180,8 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
     let stop = em.run();
     em.finish_account();
     let engine = if em.raw.is_some() { "raw" } else { "interp" };
-    let stats = Box::new(em.account.stats(engine, time0.elapsed().as_nanos() as u64));
+    let mut stats = Box::new(em.account.stats(engine, time0.elapsed().as_nanos() as u64));
+    stats.page_fault_handler = em.page_fault_handler();
     console.flush();
     if let Some(path) = &config.vga_dump {
         let text = dump::vga(&em.m);

@@ -11,16 +11,18 @@ pub mod placement;
 pub mod raw;
 pub mod ticker;
 
-use crate::account::{Account, Cause, Kind};
+use crate::account::{Account, Cause, Kind, Route};
 use crate::config::Trace;
 use crate::cpum::{CpuState, Shadow, cr0, eflags, seg};
 use crate::debug::console::{self, ConsoleTarget, Info};
+use crate::env::{Env, Privilege};
 use crate::interp::{self, Step};
 use crate::iom::ResetCause;
 use crate::machine::Machine;
 use crate::trap::{Event, Trap};
 use crate::trpm;
 use attention::{Attention, Request};
+use csam::GuestLin;
 use host_driver_shim::tsc::read as host_tsc;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use patm::vcpu_page as vp;
@@ -153,6 +155,16 @@ impl Em {
     #[must_use]
     pub fn exits(&self) -> u64 {
         self.exits
+    }
+
+    /// Where the guest's IDT sends page faults: with a symbol table it tells how far KASLR moved the kernel.
+    pub fn page_fault_handler(&mut self) -> Option<u32> {
+        let at = GuestLin(self.cpu.idtr.base.wrapping_add(14 * 8));
+        let mut gate = [0u8; 8];
+        let cpu = self.cpu.clone();
+        self.m.read(&cpu, at, &mut gate, Privilege::Supervisor).ok()?;
+        let present = cpu.protected() && cpu.idtr.limit >= 14 * 8 + 7 && gate[5] & 0x80 != 0;
+        present.then(|| u32::from_le_bytes([gate[0], gate[1], gate[6], gate[7]]))
     }
 
     /// The last exits, oldest first.
@@ -343,8 +355,17 @@ impl Em {
             burst.left -= 1;
             self.interpreted += 1;
             let start = self.cpu.eip;
+            let cpl = self.cpu.cpl;
             let (flushes, writes) = (self.m.paging_changes.len(), self.m.code_writes.len());
-            match interp::step(&mut self.cpu, &mut self.m) {
+            let instruction = match interp::fetch_decode(&self.cpu, &mut self.m) {
+                Ok(instruction) => instruction,
+                Err(trap) => {
+                    self.deliver(Event::Exception(trap));
+                    burst.left = 0;
+                    break;
+                }
+            };
+            match interp::execute(&mut self.cpu, &mut self.m, &instruction) {
                 Step::Done => {}
                 Step::Halted => {
                     burst.left = 0;
@@ -363,6 +384,13 @@ impl Em {
                 burst.left = BURST;
                 burst.hit = true;
                 self.burst_hits += 1;
+                let cause = if self.m.code_writes.len() != writes {
+                    Cause::CodeWrite
+                } else {
+                    finer_cause(&instruction)
+                };
+                let kind = Kind::from(instruction.mnemonic());
+                self.account.record(cause, Route::Interpreter, kind, start, cpl, 0);
                 if self.m.paging_changes.len() + self.m.code_writes.len() > 4096 {
                     // The engine has to follow before the lists grow without bound.
                     burst.left = 0;
@@ -413,19 +441,7 @@ impl Em {
         }
         self.interpreted += u64::from(n);
         if let Some(reason) = reason {
-            let name = match reason {
-                RawRefusal::RealMode => "real mode",
-                RawRefusal::V86 => "virtual-8086 mode",
-                RawRefusal::Code16 => "16-bit code",
-                RawRefusal::MiddleRing => "ring 1 or 2",
-                RawRefusal::TrapFlag => "single step",
-                RawRefusal::CodeBase => "ring-0 code base not 0",
-                RawRefusal::StackSegment => "ring-0 stack not flat",
-                RawRefusal::FpuTrap => "CR0.EM",
-                RawRefusal::TscTrap => "CR4.TSD",
-                RawRefusal::Shadow => "interrupt shadow",
-            };
-            *self.refusals.entry(name).or_default() += u64::from(n);
+            *self.refusals.entry(reason.name()).or_default() += u64::from(n);
         }
     }
 
@@ -535,6 +551,9 @@ impl Em {
         self.account.set_gauge("exits", self.exits);
         self.account.set_gauge("exits_saved_by_interpreting_on", self.burst_hits);
         self.account.set_gauge("interpreted_instructions", self.interpreted);
+        for (name, n) in &self.refusals {
+            self.account.set_gauge(name, *n);
+        }
         if let Some(raw) = &self.raw {
             let (users, data, code) = raw.sizes();
             self.account.set_gauge("worlds", users as u64 + 1);
@@ -648,7 +667,8 @@ impl ConsoleTarget for Em {
             },
             Info::Faults => {
                 self.close_record(host_tsc());
-                let stats = self.account.stats("raw", self.m.clock.now());
+                let engine = if self.raw.is_some() { "raw" } else { "interp" };
+                let stats = self.account.stats(engine, self.m.clock.now());
                 crate::account::report::render(&stats, None, crate::paint::Paint::PLAIN)
             }
             Info::Worlds => match &self.raw {

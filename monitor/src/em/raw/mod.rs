@@ -77,6 +77,25 @@ pub enum RawRefusal {
     Shadow,
 }
 
+impl RawRefusal {
+    /// The name in reports, where it counts the instructions interpreted for this reason.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            RawRefusal::RealMode => "interpreted_in_real_mode",
+            RawRefusal::V86 => "interpreted_in_v86_mode",
+            RawRefusal::Code16 => "interpreted_in_16_bit_code",
+            RawRefusal::MiddleRing => "interpreted_in_ring_1_or_2",
+            RawRefusal::TrapFlag => "interpreted_single_stepping",
+            RawRefusal::CodeBase => "interpreted_with_code_base",
+            RawRefusal::StackSegment => "interpreted_with_stack_not_flat",
+            RawRefusal::FpuTrap => "interpreted_with_cr0_em",
+            RawRefusal::TscTrap => "interpreted_with_cr4_tsd",
+            RawRefusal::Shadow => "interpreted_in_interrupt_shadow",
+        }
+    }
+}
+
 /// What EM has to do after a run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum After {
