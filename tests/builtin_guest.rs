@@ -1,6 +1,7 @@
 //! The built-in guest passes every one of its checks on a machine that is none of ours: QEMU's TCG is the oracle.
 
 use std::process::{Command, Stdio};
+use subring_tests::{cache, or_skip};
 
 /// QEMU's exit status for a write of `value` to isa-debug-exit.
 fn qemu_status(value: i32) -> i32 {
@@ -9,11 +10,7 @@ fn qemu_status(value: i32) -> i32 {
 
 #[test]
 fn qemu_passes_every_check_of_the_built_in_guest() {
-    let found = Command::new("qemu-system-i386").arg("--version").stdout(Stdio::null()).status();
-    if !found.is_ok_and(|status| status.success()) {
-        println!("SKIP: no qemu-system-i386");
-        return;
-    }
+    or_skip!("builtin_guest", cache::qemu());
     let image = std::env::temp_dir().join(format!("subring-builtin-{}.bin", std::process::id()));
     std::fs::write(&image, monitor::builtin::image()).expect("the temporary directory can be written");
     let output = Command::new("timeout")

@@ -6,3 +6,4 @@ pub mod harness;
 pub mod hostile;
 pub mod initramfs;
 pub mod measure;
+pub mod procs;

@@ -3,25 +3,19 @@
 use std::path::PathBuf;
 
 use monitor::scan::{ScanOptions, run};
+use subring_tests::{cache, or_skip};
 
-fn scan(name: &str) -> Option<serde_json::Value> {
-    let cache = std::env::var_os("SUBRING_CACHE")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("cache"), PathBuf::from);
-    let file = cache.join(name);
-    if !file.exists() {
-        println!("SKIP: {} is not there; tests/guests/fetch gets it", file.display());
-        return None;
-    }
+fn scan(file: PathBuf) -> serde_json::Value {
     let mut json = Vec::new();
     let options = ScanOptions { file, base: None, entries: vec![], bits: 32, json: true };
     run(&options, &mut json).expect("Debian's kernel is a bzImage");
-    Some(serde_json::from_slice(&json).expect("the report is JSON"))
+    serde_json::from_slice(&json).expect("the report is JSON")
 }
 
 #[test]
 fn most_of_debians_kernel_is_proven_code_and_all_of_it_decodes() {
-    for name in ["vmlinuz-686", "vmlinuz-686-pae"] {
-        let Some(report) = scan(name) else { continue };
+    for (name, kernel) in [("686", cache::kernel_686()), ("686-pae", cache::kernel_686_pae())] {
+        let report = scan(or_skip!("scan_debian", kernel));
         let total = |field: &str| report["totals"][field].as_u64().expect("a count");
         assert_eq!(report["format"], "bzImage");
         assert_eq!(report["entry"], 0xc100_0000_u32, "Linux links its i386 kernel there");
