@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 pub(crate) const EAX: u8 = 0;
 pub(crate) const ECX: u8 = 1;
 pub(crate) const EDX: u8 = 2;
+pub(crate) const ESP: u8 = 4;
 
 /// Condition codes as in the opcode (SDM Vol. 2, B.1.4.7).
 #[derive(Clone, Copy)]
@@ -117,6 +118,11 @@ impl Emitter {
     pub(crate) fn store_imm(&mut self, offset: u32, value: u32) {
         let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
         self.op_parts(&[&[0x36, 0xc7, 0x05], &disp, &value.to_le_bytes()]);
+    }
+
+    /// `mov esp, vcpu + offset`.
+    pub(crate) fn point_esp_at(&mut self, offset: u32) {
+        self.op_parts(&[&[0xb8 | ESP], &self.vcpu.wrapping_add(offset).to_le_bytes()]);
     }
 
     /// `test byte ss:[vcpu + offset], mask`.

@@ -6,7 +6,7 @@
 //!
 //! [`Fix`]: crate::map::Fix
 
-use crate::emit::{Cond, EAX, ECX, EDX, Emitter};
+use crate::emit::{Cond, EAX, ECX, EDX, ESP, Emitter};
 use crate::insn::Insn;
 use crate::map::{Finish, IF};
 use crate::vcpu_page as page;
@@ -14,6 +14,12 @@ use crate::{ReasonKind, Route, reason_word};
 use csam::SensitiveKind as Kind;
 use iced_x86::{Code, FlowControl, InstructionInfoFactory, OpAccess, OpKind, Register};
 
+/// EFLAGS bits that must be clear for an `iret` in line: NT, RF, VM, VIF, VIP.
+const IRET_CLEAR: u32 = 0x4000 | 0x1_0000 | 0x2_0000 | 0x8_0000 | 0x10_0000;
+/// EFLAGS bits that are the hardware's own: the arithmetic flags and DF.
+const NATIVE: u32 = 0xcd5;
+/// CR0.TS.
+const TS: u8 = 8;
 /// EFLAGS bits `popf` may not set while hardware holds the flags: TF, IOPL, NT, AC, ID.
 const HELD_BACK: u32 = 0x100 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
 
@@ -31,6 +37,9 @@ pub fn counter(kind: Kind) -> u32 {
         Kind::MovToSreg => 7,
         Kind::MovFromCr => 8,
         Kind::CsData => 9,
+        Kind::Iret => 10,
+        Kind::Clts => 11,
+        Kind::Verw => 12,
         _ => page::COUNTERS_LEN - 1,
     }
 }
@@ -94,6 +103,12 @@ pub(crate) fn emit(e: &mut Emitter, insn: &Insn, kind: Kind, cx: &Context) -> (R
             load_segment(e, insn, i.op0_register(), true, cx)
         }
         Code::Mov_r32_cr => mov_from_control(e, insn),
+        Code::Iretd => return iret(e, cx),
+        Code::Clts => {
+            clts(e, next, cx);
+            true
+        }
+        Code::Verw_rm16 | Code::Verw_r32m16 => verw(e, insn, cx),
         _ if kind == Kind::CsData => {
             let flow = i.flow_control();
             if cs_data(e, insn) {
@@ -172,15 +187,84 @@ fn popf(e: &mut Emitter, next: u32, cx: &Context) {
     e.commit(next);
     e.state.restore_flags = false;
     e.state.finish = Finish::StoreIf;
+    store_if_and_leave_if_pending(e, reason_word(cx.site_id, ReasonKind::PendingAfterPopf));
+}
+
+/// [`Finish::StoreIf`] is due: does it, and leaves by the gate if IF is 1 and an interrupt waits.
+fn store_if_and_leave_if_pending(e: &mut Emitter, reason: u32) {
     e.save(ECX);
     e.load(ECX, page::SCRATCH_VALUE);
     e.store(page::IF_FLAG, ECX);
     e.state.finish = Finish::Nothing;
     let done = e.label();
     e.short_branch(&[0xe3], done); // jecxz: IF = 0
-    leave_if_pending(e, done, reason_word(cx.site_id, ReasonKind::PendingAfterPopf));
+    leave_if_pending(e, done, reason);
     e.bind(done);
     e.restore(ECX);
+}
+
+/// `iret` to the running code segment: no change of privilege, stack or CS. SDM Vol. 2A, "IRET", label
+/// RETURN-TO-SAME-PRIVILEGE-LEVEL. Anything else is for the monitor.
+fn iret(e: &mut Emitter, cx: &Context) -> (Route, bool) {
+    e.save(EAX);
+    e.save_flags();
+    e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]: EFLAGS
+    e.op_parts(&[&[0xa9], &IRET_CLEAR.to_le_bytes()]); // test eax, imm32
+    let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
+    e.jcc(Cond::NotEqual, slow);
+    e.page_op(&[0x33], EAX, page::HIDDEN_FLAGS); // xor eax, hidden: these must stay as they are
+    e.op_parts(&[&[0xa9], &HELD_BACK.to_le_bytes()]); // test eax, imm32
+    e.jcc(Cond::NotEqual, slow);
+    e.op(&[0x0f, 0xb7, 0x44, 0x24, 0x04]); // movzx eax, word [esp + 4]: CS
+    e.page_op(&[0x3b], EAX, page::IRET_CS); // cmp eax, selector
+    e.jcc(Cond::NotEqual, slow);
+    e.load(EAX, page::IRET_DESC_AT);
+    e.op(&[0x36, 0x8b, 0x00]); // mov eax, ss:[eax]: descriptor, low half
+    e.page_op(&[0x3b], EAX, page::IRET_DESC_LOW);
+    e.jcc(Cond::NotEqual, slow);
+    e.load(EAX, page::IRET_DESC_AT);
+    e.op(&[0x36, 0x8b, 0x40, 0x04]); // mov eax, ss:[eax + 4]: high half
+    e.page_op(&[0x3b], EAX, page::IRET_DESC_HIGH);
+    e.jcc(Cond::NotEqual, slow);
+    e.op(&[0x8b, 0x04, 0x24]); // mov eax, [esp]: EIP
+    e.store(page::SCRATCH_TARGET, EAX);
+    e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]
+    e.op_parts(&[&[0x25], &IF.to_le_bytes()]); // and eax, 200h
+    e.store(page::SCRATCH_VALUE, EAX);
+    e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]
+    e.op_parts(&[&[0x25], &NATIVE.to_le_bytes()]); // and eax, imm32
+    e.store(page::SCRATCH_IMAGE, EAX);
+    e.op(&[0x8d, 0x44, 0x24, 0x0c]); // lea eax, [esp + 12]
+    e.store(page::SCRATCH + 4 * u32::from(ESP), EAX);
+    e.restore(EAX);
+    e.point_esp_at(page::SCRATCH_IMAGE);
+    e.state.restore.insert(ESP);
+    e.state.esp_add = -12;
+    e.op(&[0x9d]); // popfd
+    e.commit(0);
+    e.state.to_target = true;
+    e.state.esp_add = 0;
+    e.state.restore_flags = false;
+    e.state.finish = Finish::StoreIf;
+    e.restore(ESP);
+    store_if_and_leave_if_pending(e, reason_word(cx.site_id, ReasonKind::PendingAfterIret));
+    if cx.count {
+        e.count(counter(Kind::Iret));
+    }
+    e.page_op(&[0xff], 4, page::SCRATCH_TARGET); // jmp [target]
+    (Route::InLine, false)
+}
+
+/// `clts` while CR0.TS is clear does nothing.
+fn clts(e: &mut Emitter, next: u32, cx: &Context) {
+    e.save(EAX);
+    e.save_flags();
+    e.test_page_byte(page::CR0, TS);
+    let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
+    e.jcc(Cond::NotEqual, slow);
+    e.restore_flags();
+    e.restore(EAX);
+    e.commit(next);
 }
 
 fn mov_from_control(e: &mut Emitter, insn: &Insn) -> bool {
@@ -259,29 +343,98 @@ fn mov_from_segment(e: &mut Emitter, insn: &Insn) -> bool {
 
 /// `mov sreg, r/m16` and `pop sreg`: loads what the monitor cached, if the guest's descriptor is still the cached one.
 fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Context) -> bool {
-    let i = &insn.instr;
     let Some(s) = loadable(dest) else { return false };
-    let mut prefixes = [0; 4];
-    let Some(n) = address_prefixes(insn, &mut prefixes) else { return false };
-    let prefixes = prefixes.get(..n).unwrap_or(&[]);
-
-    e.save(EAX);
-    e.save(ECX);
-    if pop {
-        e.op(&[0x0f, 0xb7, 0x0c, 0x24]); // movzx ecx, word [esp]
-    } else if i.op1_kind() == OpKind::Register {
-        e.op(&[0x0f, 0xb7, 0xc0 | ECX << 3 | (i.op1_register().number() as u8 & 7)]); // movzx ecx, r16
-    } else {
-        let [_, modrm, tail @ ..] = insn.opcode() else { return false };
-        e.op_parts(&[prefixes, &[0x0f, 0xb7, (modrm & !0x38) | ECX << 3], tail]); // movzx ecx, word m
-    }
-    e.store(page::SCRATCH_VALUE, ECX);
-    e.save_flags();
-    let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
-    let (load, rpl_fits) = (e.label(), e.label());
+    let source = if pop { Selector::Stack } else { Selector::Operand(1) };
+    let Some(slow) = fetch_selector(e, insn, source, cx) else { return false };
+    let load = e.label();
     // ECX is now the host selector to load if the guest's is null (0..=3).
     e.op(&[0x83, 0xf9, 0x03]); // cmp ecx, 3
     e.jcc(Cond::BelowOrEqual, load);
+    check_cached(e, slow);
+    e.cache_op(&[0x8b], ECX, 8);
+    e.bind(load);
+    e.op(&[0x8e, 0xc0 | s << 3 | ECX]); // mov sreg, cx
+    e.commit(insn.next());
+    e.state.finish = Finish::StoreSelector(s);
+    if pop {
+        e.state.esp_add = 4;
+    }
+    e.load(ECX, page::SCRATCH_VALUE);
+    e.store(page::SELECTORS + 4 * u32::from(s), ECX);
+    e.state.finish = Finish::Nothing;
+    e.restore_flags();
+    e.restore(ECX);
+    e.restore(EAX);
+    if pop {
+        e.op(&[0x8d, 0x64, 0x24, 0x04]); // lea esp, [esp + 4]
+        e.state.esp_add = 0;
+    }
+    true
+}
+
+/// `verw` of a selector the cache knows to be writable data: ZF := 1. SDM Vol. 2C, "VERR/VERW".
+fn verw(e: &mut Emitter, insn: &Insn, cx: &Context) -> bool {
+    let Some(slow) = fetch_selector(e, insn, Selector::Operand(0), cx) else { return false };
+    e.op(&[0x83, 0xf9, 0x03]); // cmp ecx, 3
+    e.jcc(Cond::BelowOrEqual, slow);
+    check_cached(e, slow);
+    e.cache_op(&[0x8b], EAX, 4);
+    e.op_parts(&[&[0x25], &0x1a00_u32.to_le_bytes()]); // and eax, S | code | writable
+    e.op_parts(&[&[0x3d], &0x1200_u32.to_le_bytes()]); // cmp eax, S | writable
+    e.jcc(Cond::NotEqual, slow);
+    e.restore(ECX);
+    e.load(EAX, page::SCRATCH_FLAGS);
+    e.op(&[0x80, 0xcc, 0x40]); // or ah, 40h: ZF
+    e.op(&[0x04, 0x7f]); // add al, 7fh: OF from bit 0
+    e.op(&[0x9e]); // sahf
+    e.state.restore_flags = false;
+    e.commit(insn.next());
+    e.restore(EAX);
+    true
+}
+
+/// Where an instruction has its selector.
+#[derive(Clone, Copy)]
+enum Selector {
+    Stack,
+    Operand(u32),
+}
+
+/// Reads the selector into ECX and `SCRATCH_VALUE`; EAX, ECX and the flags are then free. Returns the way out.
+fn fetch_selector(
+    e: &mut Emitter,
+    insn: &Insn,
+    source: Selector,
+    cx: &Context,
+) -> Option<crate::emit::Label> {
+    let i = &insn.instr;
+    let mut prefixes = [0; 4];
+    let n = address_prefixes(insn, &mut prefixes)?;
+    let [_, modrm_at @ ..] = insn.opcode() else { return None };
+    // `mov sreg, rm` has its ModRM behind one opcode byte, `verw rm` behind two.
+    let modrm_at = if insn.opcode().first() == Some(&0x0f) { modrm_at.get(1..)? } else { modrm_at };
+    e.save(EAX);
+    e.save(ECX);
+    match source {
+        Selector::Stack => e.op(&[0x0f, 0xb7, 0x0c, 0x24]), // movzx ecx, word [esp]
+        Selector::Operand(op) if i.op_kind(op) == OpKind::Register => {
+            e.op(&[0x0f, 0xb7, 0xc0 | ECX << 3 | (i.op_register(op).number() as u8 & 7)]); // movzx ecx, r16
+        }
+        Selector::Operand(_) => {
+            let [modrm, tail @ ..] = modrm_at else { return None };
+            // movzx ecx, word m
+            e.op_parts(&[prefixes.get(..n)?, &[0x0f, 0xb7, (modrm & !0x38) | ECX << 3], tail]);
+        }
+    }
+    e.store(page::SCRATCH_VALUE, ECX);
+    e.save_flags();
+    Some(e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate)))
+}
+
+/// Goes to `slow` unless the cache serves the selector in ECX, which is not null; ECX is then its cache index for
+/// [`Emitter::cache_op`]. Clobbers EAX and the flags.
+fn check_cached(e: &mut Emitter, slow: crate::emit::Label) {
+    let rpl_fits = e.label();
     e.op(&[0xf6, 0xc1, 0x04]); // test cl, 4: TI
     e.jcc(Cond::NotEqual, slow);
     e.op_parts(&[&[0x81, 0xf9], &(page::SEGMENT_CACHE_LEN * 8 - 1).to_le_bytes()]); // cmp ecx, imm32
@@ -307,25 +460,6 @@ fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Co
     e.bind(rpl_fits);
     e.cache_cmp_imm(12, 1); // valid?
     e.jcc(Cond::NotEqual, slow);
-    e.cache_op(&[0x8b], ECX, 8);
-    e.bind(load);
-    e.op(&[0x8e, 0xc0 | s << 3 | ECX]); // mov sreg, cx
-    e.commit(insn.next());
-    e.state.finish = Finish::StoreSelector(s);
-    if pop {
-        e.state.esp_add = 4;
-    }
-    e.load(ECX, page::SCRATCH_VALUE);
-    e.store(page::SELECTORS + 4 * u32::from(s), ECX);
-    e.state.finish = Finish::Nothing;
-    e.restore_flags();
-    e.restore(ECX);
-    e.restore(EAX);
-    if pop {
-        e.op(&[0x8d, 0x64, 0x24, 0x04]); // lea esp, [esp + 4]
-        e.state.esp_add = 0;
-    }
-    true
 }
 
 /// A read through CS: the same through SS, which is flat and shows RAM.

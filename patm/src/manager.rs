@@ -8,7 +8,7 @@ use crate::map::{EipMap, Fix};
 use crate::patch::{
     CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline, split_reason,
 };
-use crate::window::{Window, starts, window};
+use crate::window::{Window, grown_window, starts, window};
 use crate::{displace, inline};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
@@ -161,6 +161,29 @@ impl Patm {
         Ok(self.enter_trap_byte(&insn, kind, why.unwrap_or(Refusal::NoPlace)))
     }
 
+    /// For a site that got a trap byte: the bytes of the live patches which alone stand in the way of a jump that would
+    /// do them all. Undo everything there and patch the sites again, lowest first.
+    #[must_use]
+    pub fn mergeable(&self, site: GuestLin, info: &dyn CodeInfo) -> Option<(GuestLin, GuestLin)> {
+        if self.patch_at(site.0)?.tactic != Tactic::TrapByte {
+            return None;
+        }
+        starts(info, site.0).into_iter().find_map(|start| {
+            let first = self.patch_at(start).filter(|p| p.start != site);
+            let lo = first.map_or(start, |p| p.start.0);
+            let len = grown_window(info, lo, site.0, 5).ok()?.len();
+            let hi = lo.wrapping_add(len);
+            let in_the_way: Vec<&Patch> = self
+                .by_start
+                .range(lo..hi)
+                .filter_map(|(_, id)| self.patches.get(id))
+                .filter(|p| p.start != site)
+                .collect();
+            let whole = |p: &&Patch| p.extent() <= hi && p.writes.len() == 1;
+            (!in_the_way.is_empty() && in_the_way.iter().all(whole)).then_some((GuestLin(lo), GuestLin(hi)))
+        })
+    }
+
     fn is_free(&self, lo: u32, len: u32) -> bool {
         let hi = u64::from(lo) + u64::from(len);
         let hits = |start: u32, end: u64| u64::from(start) < hi && end > u64::from(lo);
@@ -218,7 +241,10 @@ impl Patm {
     }
 
     fn try_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
-        let window = window(info, start, site, 5)?;
+        let mut window = grown_window(info, start, site, 5)?;
+        if !self.is_free(start, window.len()) {
+            window = self::window(info, start, site, 5)?;
+        }
         if !self.is_free(start, window.len()) {
             return Err(Refusal::Overlap);
         }
@@ -396,7 +422,7 @@ impl Patm {
     /// Whose reason word this is. None for a word no live trampoline writes.
     #[must_use]
     pub fn by_reason(&self, reason: u32) -> Option<(&Patch, &SiteRef, ReasonKind)> {
-        let (site_id, kind) = split_reason(reason)?;
+        let (site_id, kind) = split_reason(reason);
         let patch = self.patches.get(self.by_site.get(&site_id)?)?;
         let site = patch.sites.iter().find(|s| s.id == site_id)?;
         Some((patch, site, kind))

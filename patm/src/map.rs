@@ -41,7 +41,7 @@ pub enum Finish {
     /// Nothing.
     #[default]
     Nothing,
-    /// `IF_FLAG := SCRATCH_VALUE` (`popf`, between the real `popfd` and the store).
+    /// `IF_FLAG := SCRATCH_VALUE` (`popf` and `iret`, between the real `popfd` and the store).
     StoreIf,
     /// `SELECTORS[n] := SCRATCH_VALUE` (a segment load, between the real load and the store).
     StoreSelector(u8),
@@ -50,17 +50,19 @@ pub enum Finish {
 /// How to turn the hardware state at one trampoline boundary into guest state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Fix {
-    /// The guest EIP the fixed state is at.
+    /// The guest EIP the fixed state is at, unless `to_target`.
     pub resume: u32,
+    /// The guest EIP is in `SCRATCH_TARGET` (an `iret` that has taken effect).
+    pub to_target: bool,
     /// Registers whose guest value is in their `SCRATCH` slot.
     pub restore: RegSet,
     /// The guest's arithmetic flags are in `SCRATCH_FLAGS`.
     pub restore_flags: bool,
-    /// To be added to ESP (after `restore`; ESP itself is never in it).
+    /// To be added to ESP (after `restore`).
     pub esp_add: i32,
     /// What is left to do.
     pub finish: Finish,
-    /// The instruction that was being done has taken effect: `resume` is behind it.
+    /// The instruction that was being done has taken effect: `resume` is behind it (or see `to_target`).
     pub committed: bool,
 }
 
@@ -107,7 +109,7 @@ impl Fix {
                 words.write(page::SELECTORS + 4 * u32::from(n), value);
             }
         }
-        self.resume
+        if self.to_target { words.read(page::SCRATCH_TARGET) } else { self.resume }
     }
 }
 

@@ -77,6 +77,8 @@ pub enum ReasonKind {
     PendingAfterSti,
     /// `popf` is done, IF is 1 and an interrupt waits: EIP is behind the site.
     PendingAfterPopf,
+    /// `iret` is done, IF is 1 and an interrupt waits: EIP is in `SCRATCH_TARGET`.
+    PendingAfterIret,
 }
 
 /// The word a trampoline leaves at `GATE_REASON`: the site's number and why.
@@ -87,17 +89,18 @@ pub const fn reason_word(site_id: u32, kind: ReasonKind) -> u32 {
             ReasonKind::Emulate => 0,
             ReasonKind::PendingAfterSti => 1,
             ReasonKind::PendingAfterPopf => 2,
+            ReasonKind::PendingAfterIret => 3,
         }
 }
 
-pub(crate) const fn split_reason(word: u32) -> Option<(u32, ReasonKind)> {
+pub(crate) const fn split_reason(word: u32) -> (u32, ReasonKind) {
     let kind = match word & 3 {
         0 => ReasonKind::Emulate,
         1 => ReasonKind::PendingAfterSti,
         2 => ReasonKind::PendingAfterPopf,
-        _ => return None,
+        _ => ReasonKind::PendingAfterIret,
     };
-    Some((word >> 2, kind))
+    (word >> 2, kind)
 }
 
 /// A sensitive instruction a patch takes care of.

@@ -39,6 +39,21 @@ pub const GATE_REASON: u32 = 0x78;
 pub const COUNTERS: u32 = 0x80;
 /// How many counters there are.
 pub const COUNTERS_LEN: u32 = 64;
+/// The CS selector, zero-extended, to which `iret` may return in line; `IRET_NOWHERE` when there is none. It is the
+/// selector of the running code segment when that is flat and in the GDT. u32.
+pub const IRET_CS: u32 = 0x180;
+/// Guest linear address of the descriptor of `IRET_CS`. u32.
+pub const IRET_DESC_AT: u32 = 0x184;
+/// What the guest's descriptor there was when CS was loaded, low half: while it is, loading CS again changes nothing.
+pub const IRET_DESC_LOW: u32 = 0x188;
+/// The same, high half.
+pub const IRET_DESC_HIGH: u32 = 0x18c;
+/// Scratch u32: the EIP an `iret` done in line returns to.
+pub const SCRATCH_TARGET: u32 = 0x190;
+/// Scratch u32: the arithmetic flags and DF an `iret` done in line loads.
+pub const SCRATCH_IMAGE: u32 = 0x194;
+/// A value of `IRET_CS` that no selector has.
+pub const IRET_NOWHERE: u32 = u32::MAX;
 /// Where the 64-bit gate stub keeps the guest's registers until the runtime copies them (owned by the shim). 256 bytes.
 pub const SHIM_SAVE: u32 = 0x200;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):

@@ -9,6 +9,8 @@ use csam::{Class, GuestLin};
 
 /// How many instructions before a site a window may start.
 const MAX_BACK: usize = 6;
+/// How many bytes a window grows over to reach a site that has no room for a jump of its own.
+const MAX_GAP: u32 = 8;
 /// No window is longer, in bytes.
 const MAX_LEN: u32 = 32;
 
@@ -53,6 +55,42 @@ pub(crate) fn starts(info: &dyn CodeInfo, site: u32) -> Vec<u32> {
         starts.push(at);
     }
     starts
+}
+
+/// The window of [`window`], grown over the sites behind it that it leaves no room for a jump of their own: the `iret`
+/// of `pushf; push cs; push imm32; iret`, whose first seven bytes make a window.
+pub(crate) fn grown_window(
+    info: &dyn CodeInfo,
+    start: u32,
+    site: u32,
+    min_len: u32,
+) -> Result<Window, Refusal> {
+    let mut window = window(info, start, site, min_len)?;
+    while let Some(next) = crowded_site(info, &window) {
+        match self::window(info, start, next, min_len) {
+            Ok(longer) => window = longer,
+            Err(_) => break,
+        }
+    }
+    Ok(window)
+}
+
+/// The site shortly behind `window` that can have no window which starts there or later.
+fn crowded_site(info: &dyn CodeInfo, window: &Window) -> Option<u32> {
+    if window.filler > 0 {
+        return None;
+    }
+    let mut last = *window.insns.last()?;
+    let end = last.next();
+    while last.falls_through() && last.next() - end <= MAX_GAP && !info.is_target(GuestLin(last.next())) {
+        let insn = Insn::decode(info, last.next())?;
+        if matches!(insn.class(), Class::Sensitive(_)) {
+            let alone = |&s: &u32| s >= end && self::window(info, s, insn.at, 5).is_ok();
+            return (!starts(info, insn.at).iter().any(alone)).then_some(insn.at);
+        }
+        last = insn;
+    }
+    None
 }
 
 /// The shortest window from `start` with at least `min_len` bytes that holds the instruction at `site`.

@@ -57,6 +57,10 @@ const PLAIN: &[&[u8]] = &[
     &[0xb8, 0x08, 0x00, 0x00, 0x00], // mov eax, 8
     &[0xb9, 0x01, 0x00, 0x00, 0x00], // mov ecx, 1
     &[0xff, 0x13],                   // call [ebx]
+    &[0xcf],                         // iretd
+    &[0x0f, 0x06],                   // clts
+    &[0x0f, 0x00, 0xe8],             // verw eax
+    &[0x0f, 0x00, 0x6c, 0x24, 0x04], // verw [esp+4]
 ];
 /// Opcodes with an 8-bit displacement, then `call rel32`.
 const BRANCHES: &[u8] = &[0x74, 0x75, 0x72, 0x78, 0x7c, 0xe3, 0xe2, 0xe1, 0xeb, 0xe8];
@@ -66,16 +70,21 @@ enum Item {
     Plain(usize),
     /// Opcode index, and how many items it jumps over.
     Branch(usize, usize),
+    /// `pushfd; push cs; push imm32; iretd` over so many items.
+    Iret(usize),
 }
 
 fn item() -> impl Strategy<Value = Item> {
     prop_oneof![
         5 => (0..PLAIN.len()).prop_map(Item::Plain),
         1 => (0..BRANCHES.len(), 0..4usize).prop_map(|(op, over)| Item::Branch(op, over)),
+        1 => (0..3usize).prop_map(Item::Iret),
     ]
 }
 
-fn assemble(items: &[Item]) -> Vec<u8> {
+/// The code, and where its `iretd`s go.
+fn assemble(items: &[Item]) -> (Vec<u8>, Vec<u32>) {
+    let mut targets = Vec::new();
     let len = |i: &Item| match *i {
         Item::Plain(n) => PLAIN[n].len(),
         Item::Branch(op, _) => {
@@ -85,11 +94,20 @@ fn assemble(items: &[Item]) -> Vec<u8> {
                 2
             }
         }
+        Item::Iret(_) => 8,
     };
     let mut code = Vec::new();
     for (n, item) in items.iter().enumerate() {
         match *item {
             Item::Plain(p) => code.extend_from_slice(PLAIN[p]),
+            Item::Iret(over) => {
+                let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
+                let target = BASE + (code.len() + 8 + rel) as u32;
+                targets.push(target);
+                code.extend_from_slice(&[0x9c, 0x0e, 0x68]);
+                code.extend_from_slice(&target.to_le_bytes());
+                code.push(0xcf);
+            }
             Item::Branch(op, over) => {
                 let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
                 code.push(BRANCHES[op]);
@@ -102,7 +120,7 @@ fn assemble(items: &[Item]) -> Vec<u8> {
         }
     }
     code.extend_from_slice(&[0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc]); // ret and filler
-    code
+    (code, targets)
 }
 
 fn machine(seed: u64) -> Machine {
@@ -137,7 +155,7 @@ fn machine(seed: u64) -> Machine {
     for cr in [page::CR0, page::CR2, page::CR3, page::CR4] {
         m.set_word(cr, random());
     }
-    let gdt = 0x0300_0000;
+    let gdt = 0x0300_0000u32;
     m.set_word(page::GDT_BASE, gdt);
     m.set_word(page::GDT_LIMIT, (random() & 0x3ff) | 7);
     for n in 0..page::SEGMENT_CACHE_LEN {
@@ -151,6 +169,12 @@ fn machine(seed: u64) -> Machine {
         m.set_word(entry + 8, 0x1000 + 8 * n + 7);
         m.set_word(entry + 12, u32::from(stale != 3));
     }
+    let cs = 0x60;
+    let stale = random() & 15;
+    m.set_word(page::IRET_CS, if stale == 0 { page::IRET_NOWHERE } else { cs });
+    m.set_word(page::IRET_DESC_AT, gdt + cs);
+    m.set_word(page::IRET_DESC_LOW, m.read(gdt + cs, 4) ^ u32::from(stale == 1));
+    m.set_word(page::IRET_DESC_HIGH, m.read(gdt + cs + 4, 4) ^ u32::from(stale == 2));
     m
 }
 
@@ -235,7 +259,9 @@ impl Patched {
                     } else {
                         assert_eq!(m.word(page::IF_FLAG), IF);
                         assert_ne!(m.word(page::PENDING), 0);
-                        m.eip = self.patm.resume_eip(site.next().0);
+                        let iret = kind == ReasonKind::PendingAfterIret;
+                        let eip = if iret { m.word(page::SCRATCH_TARGET) } else { site.next().0 };
+                        m.eip = self.patm.resume_eip(eip);
                     }
                 }
             }
@@ -254,8 +280,11 @@ fn visible(m: &Machine) -> Machine {
 }
 
 fn compare(items: &[Item], seed: u64, kicks: u64, count_inline: bool) -> Result<usize, TestCaseError> {
-    let code = assemble(items);
-    let scanned = Scanned::new(&code);
+    let (code, targets) = assemble(items);
+    let mut scanned = Scanned::new(&code);
+    for target in targets {
+        scanned.scan_from(target);
+    }
     let mut bare = machine(seed);
     let mut steps = 0;
     while let Some(rest) = code.get(bare.eip.wrapping_sub(BASE) as usize..).filter(|r| !r.is_empty()) {
@@ -289,20 +318,29 @@ proptest! {
 
 #[test]
 fn in_line_executions_are_counted_by_kind() {
-    // cli; pushfd; popfd; sti; push ds; pop ds; mov eax, cr0; ret
-    let code = [0xfa, 0x9c, 0x9d, 0xfb, 0x1e, 0x6a, 0x00, 0x1f, 0x0f, 0x20, 0xc0, 0xc3];
-    let scanned = Scanned::new(&code);
+    // cli; pushfd; popfd; sti; push ds; pop ds; clts; mov eax, cr0; pushfd; push cs; push 1f; iretd; 1: ret
+    let [a, b, c, d] = (BASE + 21).to_le_bytes();
+    let code = [
+        0xfa, 0x9c, 0x9d, 0xfb, 0x1e, 0x6a, 0x00, 0x1f, 0x0f, 0x06, 0x0f, 0x20, 0xc0, 0x9c, 0x0e, 0x68, a, b,
+        c, d, 0xcf, 0xc3,
+    ];
+    let mut scanned = Scanned::new(&code);
+    scanned.scan_from(BASE + 21);
     let mut patm = Patm::new(patm::Config { count_inline: true, ..config() });
     scanned.patch_all(&mut patm);
     let view = scanned.view(&patm);
     let mut patched = Patched { scanned, patm, view, traps: 0 };
     let mut m = machine(2);
+    m.set_word(page::CR0, 0x8005_0033);
     m.set_word(page::PENDING, 0);
     m.set_word(page::HIDDEN_FLAGS, 0);
     patched.run(&mut m, None);
     use csam::SensitiveKind as K;
-    for kind in [K::Cli, K::Pushf, K::Popf, K::Sti, K::PushSreg, K::PopSreg, K::MovFromCr] {
+    for kind in [K::Cli, K::Popf, K::Sti, K::PopSreg, K::MovFromCr, K::Clts, K::Iret] {
         assert_eq!(m.word(page::COUNTERS + 4 * patm::counter(kind)), 1, "{kind:?}");
+    }
+    for kind in [K::Pushf, K::PushSreg] {
+        assert_eq!(m.word(page::COUNTERS + 4 * patm::counter(kind)), 2, "{kind:?}");
     }
     assert_eq!(m.word(page::COUNTERS + 4 * patm::counter(K::MovToSreg)), 0);
     assert_eq!(patched.traps, 0);

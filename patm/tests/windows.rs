@@ -4,6 +4,14 @@ mod common;
 use common::{BASE, Scanned, config};
 use patm::{Location, Patm, Refusal, Route, Tactic};
 
+fn scanned_view(scanned: &Scanned) -> impl patm::CodeInfo + '_ {
+    patm::MapView {
+        map: &scanned.map,
+        fetch: |at, buf: &mut [u8]| scanned.fetch(at, buf),
+        writable: |_, _| true,
+    }
+}
+
 fn patch(code: &[u8], offset: u32) -> (Patm, patm::Patch) {
     let mut patm = Patm::new(config());
     let patch = Scanned::new(code).patch_one(&mut patm, BASE + offset).unwrap();
@@ -45,7 +53,42 @@ fn the_window_starts_before_a_site_that_ends_the_flow() {
     // pop eax; pop ecx; add esp, 4; iretd
     let (_, patch) = patch(&[0x58, 0x59, 0x83, 0xc4, 0x04, 0xcf], 5);
     assert_eq!((patch.start.0, patch.len), (BASE + 1, 5));
-    assert_eq!(patch.sites[0].route, Route::Gate);
+    assert_eq!(patch.sites[0].route, Route::InLine);
+}
+
+/// pushfd; push cs; push imm32; iretd: Linux's sync_core.
+const SYNC_CORE: [u8; 8] = [0x9c, 0x0e, 0x68, 8, 1, 0, 0xc1, 0xcf];
+
+#[test]
+fn a_window_grows_over_a_site_that_has_no_room_of_its_own() {
+    let (patm, patch) = patch(&SYNC_CORE, 0);
+    assert_eq!((patch.start.0, patch.len, patch.sites.len()), (BASE, 8, 3));
+    assert!(patch.sites.iter().all(|s| s.route == Route::InLine));
+    assert_eq!(patm.mergeable(csam::GuestLin(BASE + 7), &scanned_view(&Scanned::new(&SYNC_CORE))), None);
+}
+
+#[test]
+fn a_window_does_not_grow_over_a_branch_target() {
+    // 1: pushfd; push cs; push imm32; iretd, entered at the iretd too
+    let mut scanned = Scanned::new(&SYNC_CORE);
+    scanned.scan_from(BASE + 7);
+    let mut patm = Patm::new(config());
+    assert_eq!(scanned.patch_one(&mut patm, BASE).unwrap().len, 7);
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 7).unwrap().tactic, Tactic::TrapByte);
+    assert_eq!(patm.mergeable(csam::GuestLin(BASE + 7), &scanned_view(&scanned)), None);
+}
+
+#[test]
+fn a_site_found_behind_a_live_window_can_be_merged_with_it() {
+    let mut patm = Patm::new(config());
+    // The scan that made the first patch had not seen the last byte.
+    assert_eq!(Scanned::new(&SYNC_CORE[..7]).patch_one(&mut patm, BASE).unwrap().len, 7);
+    let scanned = Scanned::new(&SYNC_CORE);
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 7).unwrap().tactic, Tactic::TrapByte);
+    let (lo, hi) = patm.mergeable(csam::GuestLin(BASE + 7), &scanned_view(&scanned)).unwrap();
+    assert_eq!((lo.0, hi.0), (BASE, BASE + 8));
+    assert_eq!(patm.undo_overlapping(lo, hi).len(), 2);
+    assert_eq!(scanned.patch_one(&mut patm, BASE).unwrap().sites.len(), 3);
 }
 
 #[test]
@@ -153,6 +196,10 @@ fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
         (&[0x2e, 0x8b, 0x03], Route::InLine),               // mov eax, cs:[ebx]
         (&[0x2e, 0x89, 0x03], Route::Gate),                 // mov cs:[ebx], eax
         (&[0x0f, 0x01, 0x38], Route::Gate),                 // invlpg [eax]
+        (&[0x0f, 0x06], Route::InLine),                     // clts
+        (&[0x0f, 0x00, 0x28], Route::InLine),               // verw [eax]
+        (&[0x0f, 0x00, 0x20], Route::Gate),                 // verr [eax]
+        (&[0x66, 0xcf, 0x90, 0x90, 0x90], Route::Gate),     // iretw, with filler behind it
         (&[0xe4, 0x60], Route::Gate),                       // in al, 60h
         (&[0x0f, 0xa2], Route::Gate),                       // cpuid
         (&[0xcd, 0x80, 0x90, 0x90, 0x90], Route::TrapByte), // int 80h: nothing behind it may be displaced

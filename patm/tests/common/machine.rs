@@ -221,6 +221,32 @@ impl Machine {
                     assert_eq!(image & HELD_BACK, 0, "hardware flags must not get these");
                 }
             }
+            Mnemonic::Iretd => {
+                assert!(bare, "iret would go by the host's tables");
+                eip = self.pop(4);
+                let cs = self.pop(4) & 0xffff;
+                self.set_word(page::SELECTORS + 4, cs);
+                let image = self.pop(4);
+                self.flags = image & (ARITHMETIC | DF);
+                self.set_word(page::IF_FLAG, image & IF);
+                self.set_word(page::HIDDEN_FLAGS, image & HELD_BACK & !0x100);
+            }
+            Mnemonic::Clts => {
+                assert!(bare);
+                let cr0 = self.word(page::CR0) & !8;
+                self.set_word(page::CR0, cr0);
+            }
+            Mnemonic::Verw => {
+                assert!(bare, "verw would look into the host's tables");
+                let selector = match i.op0_kind() {
+                    OpKind::Register => self.reg(i.op0_register()) as u16,
+                    _ => self.read(self.address(&i), 2) as u16,
+                };
+                let gdt = self.word(page::GDT_BASE) + u32::from(selector & !7);
+                let writable = self.read(gdt + 4, 4) & 0x1a00 == 0x1200;
+                let zf = selector > 3 && self.cached(selector).is_some() && writable;
+                self.flags = self.flags & !0x40 | u32::from(zf) << 6;
+            }
             Mnemonic::Lahf => self.set_reg(Register::AH, self.flags & 0xd5 | 2),
             Mnemonic::Sahf => self.flags = self.flags & !0xd5 | self.reg(Register::AH) & 0xd5,
             Mnemonic::Seto => self.set(&i, 0, self.flags >> 11 & 1),

@@ -28,6 +28,12 @@ impl Scanned {
         Self { bytes: bytes.to_vec(), map }
     }
 
+    /// Scans from one more entry.
+    pub fn scan_from(&mut self, entry: u32) {
+        let mut source = SliceSource { base: GuestLin(BASE), bytes: &self.bytes };
+        self.map.scan(GuestLin(entry), &mut source, &ScanOptions::default());
+    }
+
     pub fn fetch(&self, at: GuestLin, buf: &mut [u8]) -> usize {
         let rest = at.0.checked_sub(BASE).and_then(|o| self.bytes.get(o as usize..)).unwrap_or(&[]);
         let n = rest.len().min(buf.len());

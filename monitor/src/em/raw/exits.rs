@@ -27,6 +27,9 @@ impl RawEngine {
                         committed_sti = true;
                     }
                     ReasonKind::PendingAfterPopf => cpu.eip = site.next().0,
+                    ReasonKind::PendingAfterIret => {
+                        cpu.eip = self.kernel.world.vcpu_read(vp::SCRATCH_TARGET);
+                    }
                 },
                 None => {
                     return Err(

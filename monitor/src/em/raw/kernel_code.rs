@@ -42,6 +42,7 @@ pub struct Counts {
     pub refused: u64,
     pub conflicts: u64,
     pub mid_instruction: u64,
+    pub merged: u64,
     pub pages_made: u64,
     pub pages_dropped: u64,
 }
@@ -253,6 +254,20 @@ impl KernelCode {
     }
 
     fn patch_sites(&mut self, code: &CodeMemory, sites: impl IntoIterator<Item = GuestLin>) {
+        for (lo, hi) in self.patch_each(code, sites) {
+            let again = self.undo_in(code, lo, hi);
+            self.counts.merged += 1;
+            self.patch_each(code, again);
+        }
+    }
+
+    /// Patches every site. Returns where patches made one by one would be better made together.
+    fn patch_each(
+        &mut self,
+        code: &CodeMemory,
+        sites: impl IntoIterator<Item = GuestLin>,
+    ) -> Vec<(GuestLin, GuestLin)> {
+        let mut mergeable = Vec::new();
         for site in sites {
             if self.map.site_at(site).is_none() {
                 continue;
@@ -285,6 +300,7 @@ impl KernelCode {
             match self.patm.patch(site, &info) {
                 Ok(patch) => {
                     let id = patch.id;
+                    mergeable.extend(self.patm.mergeable(site, &info));
                     self.install(code, id);
                 }
                 Err(Refusal::TrapsItself) => {}
@@ -300,6 +316,7 @@ impl KernelCode {
                 }
             }
         }
+        mergeable
     }
 
     /// Another instruction shares bytes with the one at `at`.

@@ -177,6 +177,8 @@ pub struct RawEngine {
     pub user_code: UserCode,
     segment_cache: Vec<Option<CachedSegment>>,
     cache_generation: u32,
+    /// The CS and GDT for which the vCPU page says where `iret` may go in line; None: for none.
+    iret_key: Option<(Segment, u32, u16)>,
     kick: Arc<KickTarget>,
     kicking: Option<usize>,
     paging_key: u32,
@@ -223,6 +225,7 @@ impl RawEngine {
             user_code: UserCode::default(),
             segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| None).collect(),
             cache_generation: 0,
+            iret_key: None,
             kick: Arc::default(),
             kicking: None,
             paging_key: 0,
@@ -420,6 +423,7 @@ impl RawEngine {
             regs.eip = self.kernel_code.patm.resume_eip(cpu.eip);
             regs.eflags = (cpu.eflags & NATIVE_FLAGS) | eflags::FIXED | eflags::IF;
             self.load_vcpu_page(cpu, interrupt_waits);
+            self.allow_iret(cpu, m);
         } else {
             regs.eflags = (cpu.eflags & USER_FLAGS & !eflags::AC) | eflags::FIXED | eflags::IF;
         }

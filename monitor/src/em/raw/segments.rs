@@ -10,6 +10,35 @@ impl RawEngine {
             }
         }
         self.cache_generation = self.kernel.ldt_generation;
+        self.iret_key = None;
+    }
+
+    /// Tells trampolines to which CS `iret` may return without asking: the one that runs, if loading it again as the
+    /// guest's table is now would change nothing.
+    pub(super) fn allow_iret(&mut self, cpu: &CpuState, m: &mut Machine) {
+        let cs = cpu.seg[seg::CS];
+        let key = (cs, cpu.gdtr.base, cpu.gdtr.limit);
+        if self.iret_key == Some(key) {
+            return;
+        }
+        let flat = cs.base == 0 && cs.limit == u32::MAX && cs.selector & 7 == 0;
+        let descriptor = selm::descriptor::address(cpu, cs.selector).filter(|_| flat).and_then(|at| {
+            let mut bytes = [0u8; 8];
+            m.read(cpu, at, &mut bytes, Privilege::Supervisor).ok()?;
+            let now = selm::descriptor::Descriptor::from_bytes(bytes).segment(cs.selector);
+            let accessed = bytes[5] & 1 != 0; // else loading it would write the table
+            (accessed && now == cs).then_some((at, bytes))
+        });
+        let w = &mut self.kernel.world;
+        let Some((at, [a, b, c, d, e, f, g, h])) = descriptor else {
+            w.vcpu_write(vp::IRET_CS, vp::IRET_NOWHERE);
+            return;
+        };
+        w.vcpu_write(vp::IRET_DESC_AT, at.0);
+        w.vcpu_write(vp::IRET_DESC_LOW, u32::from_le_bytes([a, b, c, d]));
+        w.vcpu_write(vp::IRET_DESC_HIGH, u32::from_le_bytes([e, f, g, h]));
+        w.vcpu_write(vp::IRET_CS, u32::from(cs.selector));
+        self.iret_key = Some(key);
     }
 
     /// The interpreter has just loaded a segment register of ring 0: lets trampolines load the same selector.
