@@ -113,6 +113,7 @@ impl Machine {
     }
 
     /// The frame behind a page for an access, from the TLB or by a walk.
+    #[inline]
     fn frame(&mut self, cpu: &CpuState, lin: GuestLin, access: Access) -> Result<GuestPhys, Trap> {
         if let Some(frame) = self.tlb.get(lin, access) {
             return Ok(frame);
@@ -175,7 +176,13 @@ impl Env for Machine {
         buf: &mut [u8],
         privilege: Privilege,
     ) -> Result<(), Trap> {
-        let chunks = self.translate(cpu, at, buf.len(), Access::read(privilege))?;
+        let access = Access::read(privilege);
+        if at.page_offset() + buf.len() <= 0x1000 {
+            let frame = self.frame(cpu, at, access)?;
+            self.read_ram(frame.wrapping_add(at.page_offset() as u64), buf);
+            return Ok(());
+        }
+        let chunks = self.translate(cpu, at, buf.len(), access)?;
         let mut done = 0;
         for &(phys, n) in &chunks.list[..chunks.n] {
             self.read_ram(phys, &mut buf[done..done + n]);
@@ -185,7 +192,13 @@ impl Env for Machine {
     }
 
     fn write(&mut self, cpu: &CpuState, at: GuestLin, data: &[u8], privilege: Privilege) -> Result<(), Trap> {
-        let chunks = self.translate(cpu, at, data.len(), Access::write(privilege))?;
+        let access = Access::write(privilege);
+        if at.page_offset() + data.len() <= 0x1000 {
+            let frame = self.frame(cpu, at, access)?;
+            self.write_ram(frame.wrapping_add(at.page_offset() as u64), data);
+            return Ok(());
+        }
+        let chunks = self.translate(cpu, at, data.len(), access)?;
         let mut done = 0;
         for &(phys, n) in &chunks.list[..chunks.n] {
             self.write_ram(phys, &data[done..done + n]);
