@@ -113,17 +113,17 @@ fn judge(host: &HostCapabilities, read: &dyn Fn(&str) -> Option<String>) -> Diag
         ),
         probed(
             "syscall user dispatch",
-            Need::Helpful,
+            Need::Required,
             &host.syscall_user_dispatch,
-            "catches int 80h of guest code; a seccomp filter does it more slowly",
+            "keeps system call instructions of guest code from the host's kernel",
             "use Linux 5.11 or later",
         ),
         probed(
             "cpuid faulting",
             Need::Helpful,
             &host.cpuid_faulting,
-            "lets the guest see the CPU we decide on, in its user programs too",
-            "nothing: the CPU or the hypervisor below does not offer it; guest kernels still see our CPUID",
+            "would show guest user programs the CPU we decide on even where the scan of their pages cannot see a cpuid",
+            "nothing: the CPU or the hypervisor below does not offer it; cpuid is found by scanning",
         ),
         probed(
             "fsgsbase",
@@ -290,7 +290,7 @@ mod tests {
         let works = || Probe::Works(String::new());
         HostCapabilities {
             modify_ldt,
-            syscall_user_dispatch: Probe::Fails("no".into()),
+            syscall_user_dispatch: works(),
             seccomp: works(),
             memfd: works(),
             cpuid_faulting: Probe::Fails("no".into()),
