@@ -305,6 +305,9 @@ impl RawEngine {
                 return after(self, Cause::Scan, After::Interpret);
             }
             if supervisor {
+                if self.approach_kernel(m, cpu, lin)? {
+                    return after(self, Cause::Scan, After::Continue);
+                }
                 if layout.in_trampolines(lin) {
                     self.relocate(m)?;
                     return after(self, Cause::Scan, After::Continue);

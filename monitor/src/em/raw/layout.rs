@@ -40,6 +40,17 @@ impl Layout {
         Layout { delta: 0x1000_0000, tramp: 0xdf00_0000, vcpu: 0xc500_0000, gate: 0xc500_1000 },
     ];
 
+    /// The same with the trampolines where the highest displacement byte of a jump from code at `top` << 24 traps.
+    #[must_use]
+    pub fn near(self, top: u8) -> Layout {
+        let place = self.data(GuestLin(self.vcpu)).0;
+        let fits = |base: &u32| *base < 0xc000_0000 && place.wrapping_sub(*base) >= TRAMP_LEN;
+        match patm::good_bases(top).find(fits) {
+            Some(tramp) => Layout { tramp, ..self },
+            None => self,
+        }
+    }
+
     /// Where the world fetches the instruction at guest linear `lin`.
     #[must_use]
     pub fn code(&self, lin: GuestLin) -> WorldLin {

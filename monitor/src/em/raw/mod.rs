@@ -168,6 +168,8 @@ pub struct RawEngine {
     code: CodeMemory,
     layout: Layout,
     layouts_tried: usize,
+    /// Highest byte of the addresses the guest's kernel runs at, once it does.
+    code_top: Option<u8>,
     kernel: Space,
     users: Vec<Space>,
     clock: u64,
@@ -218,6 +220,7 @@ impl RawEngine {
             code,
             layout,
             layouts_tried: 1,
+            code_top: None,
             kernel,
             users: Vec::new(),
             clock: 0,

@@ -28,7 +28,7 @@ impl RawEngine {
 
     /// Moves every reservation: the guest wants addresses we sit on.
     pub(super) fn relocate(&mut self, m: &mut Machine) -> Result<(), RawError> {
-        self.layout = Layout::CANDIDATES[self.layouts_tried % Layout::CANDIDATES.len()];
+        self.layout = self.candidate(self.layouts_tried);
         self.layouts_tried += 1;
         self.moves += 1;
         log::info!("reservations move to {:x?}", self.layout);
@@ -81,7 +81,8 @@ impl RawEngine {
         if self.moves >= MAX_MOVES || !Self::hides(m, cpu, &self.layout, code, supervisor) {
             return Ok(false);
         }
-        let better = Layout::CANDIDATES.iter().position(|l| !Self::hides(m, cpu, l, code, supervisor));
+        let better = (0..Layout::CANDIDATES.len())
+            .find(|&i| !Self::hides(m, cpu, &self.candidate(i), code, supervisor));
         let Some(better) = better else { return Ok(false) };
         self.layouts_tried = better;
         self.relocate(m)?;
@@ -107,5 +108,33 @@ impl RawEngine {
         }
         self.recycle_code(m)?;
         self.kernel_code.page(m, &self.code, lin, pfn).ok_or(RawError::CodeMemory(self.code.size() >> 20))
+    }
+
+    /// Arrangement number `i`, with the trampolines at a good distance from the guest kernel.
+    fn candidate(&self, i: usize) -> Layout {
+        let layout = Layout::CANDIDATES[i % Layout::CANDIDATES.len()];
+        self.code_top.map_or(layout, |top| layout.near(top))
+    }
+
+    /// Ring-0 code is about to run at `code`. The first time it is in the upper half, that is where the kernel lives
+    /// (KASLR decides): trampolines go to a good distance from it. Says whether that moved them.
+    pub(super) fn approach_kernel(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        code: GuestLin,
+    ) -> Result<bool, RawError> {
+        if self.code_top.is_some() || !cpu.paging() || code.0 < 0x8000_0000 {
+            return Ok(false);
+        }
+        let top = (code.0 >> 24) as u8;
+        self.code_top = Some(top);
+        if self.layout.near(top) == self.layout || Self::hides(m, cpu, &self.layout.near(top), code, true) {
+            return Ok(false);
+        }
+        self.layouts_tried =
+            Layout::CANDIDATES.iter().position(|l| l.delta == self.layout.delta).unwrap_or(0);
+        self.relocate(m)?;
+        Ok(true)
     }
 }
