@@ -1,21 +1,23 @@
 //! User-mode speed: the same static i386 program on the host and in a guest, results and times compared.
 
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 use subring_tests::cache::{self, SkipReason};
 use subring_tests::harness::{self, Guest};
-use subring_tests::measure::host;
+use subring_tests::measure::{Series, host};
 
 const USAGE: &str = "usage: bench-compute [options]
-Runs guests/compute.c natively and in guests; prints how fast each loop is against native.
+Runs guests/compute.c natively and in a guest, in turn; prints how fast each loop is against native.
   --under WHO       subring, qemu or both (subring)
+  --runs N          runs of each, alternating (5); each run takes the best of so many repetitions of a loop:
+  --repetitions N   (3)
   --kernel K        686, 686-pae or a file (686)
   --memory MIB      guest RAM (256)
-  --timeout SECS    for one guest (300)
-  --limit SHARE     fail when a loop of subring's is under SHARE of native speed
+  --timeout SECS    for one guest's boot or run (300)
+  --limit SHARE     fail when a loop of subring's is under SHARE of native speed (medians)
   --json FILE       write all numbers there (- for standard output)
 Exit codes: 0 measured and results identical, 1 not so, 2 usage, 77 skipped.";
 
@@ -25,7 +27,8 @@ type Loops = BTreeMap<String, (String, f64)>;
 fn main() -> ExitCode {
     let mut options: BTreeMap<String, String> = BTreeMap::new();
     let mut args = std::env::args().skip(1);
-    let known = ["--under", "--kernel", "--memory", "--timeout", "--limit", "--json"];
+    let known =
+        ["--under", "--runs", "--repetitions", "--kernel", "--memory", "--timeout", "--limit", "--json"];
     while let Some(arg) = args.next() {
         let Some(value) = args.next().filter(|_| known.contains(&arg.as_str())) else {
             eprintln!("{USAGE}");
@@ -50,11 +53,14 @@ fn measure(options: &BTreeMap<String, String>) -> Result<bool, SkipReason> {
         "686-pae" => cache::kernel_686_pae()?,
         file => file.into(),
     };
-    let seconds =
-        option("--timeout", "300").parse().map_err(|_| SkipReason("--timeout: no number".into()))?;
-    let timeout = Duration::from_secs(seconds);
+    let number = |name: &str, default: &str| -> Result<u64, SkipReason> {
+        option(name, default).parse().map_err(|_| SkipReason(format!("{name}: no number")))
+    };
+    let timeout = Duration::from_secs(number("--timeout", "300")?);
+    let (runs, repetitions) = (number("--runs", "5")?, number("--repetitions", "3")?.to_string());
+    let limit: Option<f64> = options.get("--limit").and_then(|l| l.parse().ok());
     let program = cache::compute_program()?;
-    let native = run_natively(&program)?;
+    run_natively(&program, "1")?;
     let binary = std::fs::read(&program).map_err(|e| SkipReason(e.to_string()))?;
     let initrd = cache::build_initrd("initrd-compute.gz", &[("bin/compute".into(), 0o755, binary)])?;
 
@@ -74,35 +80,59 @@ fn measure(options: &BTreeMap<String, String>) -> Result<bool, SkipReason> {
     let mut report = serde_json::Map::new();
     for (name, mut command) in guests {
         command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initrd);
-        command.args(["-append", "console=ttyS0 quiet subring.run=compute", "-nographic", "-no-reboot"]);
+        command.args(["-append", "console=ttyS0 quiet", "-nographic", "-no-reboot"]);
         command.args(["-m", &option("--memory", "256")]);
         let mut guest = Guest::spawn_command(command);
-        if let Err(missed) = guest.try_expect("COMPUTE-END", timeout) {
+        let mut loops: BTreeMap<String, Pair> = BTreeMap::new();
+        if let Err(missed) = guest.try_expect("/ # ", timeout) {
             eprintln!("bench-compute: {name}: {missed}");
             return Ok(false);
         }
-        let loops = parse(&guest.console());
-        println!("{name}: {:10} {:>12} {:>12} {:>10}", "loop", "native us", "guest us", "of native");
-        for (which, (result, native_us)) in &native {
-            let Some((guest_result, guest_us)) = loops.get(which) else {
-                println!("{name}: {which:10} did not report");
-                good = false;
-                continue;
-            };
-            let share = native_us / guest_us;
-            let same = result == guest_result;
+        for _ in 0..runs {
+            for (which, (result, us)) in run_natively(&program, &repetitions)? {
+                let pair = loops.entry(which).or_default();
+                pair.native.0.push(us);
+                pair.native_results.insert(result);
+            }
+            let before = guest.console().len();
+            guest.send(&format!("/bin/compute {repetitions}"));
+            if let Err(missed) = guest.try_expect("COMPUTE-END", timeout) {
+                eprintln!("bench-compute: {name}: {missed}");
+                return Ok(false);
+            }
+            for (which, (result, us)) in parse(guest.console().get(before..).unwrap_or_default()) {
+                let pair = loops.entry(which).or_default();
+                pair.guest.0.push(us);
+                pair.guest_results.insert(result);
+            }
+        }
+        println!(
+            "{name}: {:9} {:>11} {:>7} {:>11} {:>7} {:>10}",
+            "loop", "native us", "spread", "guest us", "spread", "of native"
+        );
+        for (which, pair) in &loops {
+            let share = pair.native.median() / pair.guest.median();
+            let same = pair.native_results.len() == 1 && pair.native_results == pair.guest_results;
             let verdict = if same { "" } else { "  RESULTS DIFFER" };
-            println!("{name}: {which:10} {native_us:12.0} {guest_us:12.0} {share:10.3}{verdict}");
-            let limit: Option<f64> = options.get("--limit").and_then(|l| l.parse().ok());
+            println!(
+                "{name}: {which:9} {:11.0} {:6.1}% {:11.0} {:6.1}% {share:10.3}{verdict}",
+                pair.native.median(),
+                pair.native.spread() * 100.0,
+                pair.guest.median(),
+                pair.guest.spread() * 100.0,
+            );
             good &= same && (name != "subring" || limit.is_none_or(|limit| share >= limit));
             report.insert(
                 format!("{name}/{which}"),
-                json!({ "native_us": native_us, "guest_us": guest_us, "of_native": share, "same_result": same }),
+                json!({
+                    "native_us": pair.native.json(), "guest_us": pair.guest.json(),
+                    "of_native": share, "same_result": same,
+                }),
             );
         }
     }
     if let Some(file) = options.get("--json") {
-        let report = json!({ "benchmark": "compute", "version": 1, "loops": report, "host": host() });
+        let report = json!({ "benchmark": "compute", "version": 2, "loops": report, "host": host() });
         let text = format!("{report:#}\n");
         if file == "-" {
             print!("{text}");
@@ -114,8 +144,18 @@ fn measure(options: &BTreeMap<String, String>) -> Result<bool, SkipReason> {
     Ok(good)
 }
 
-fn run_natively(program: &Path) -> Result<Loops, SkipReason> {
+/// Times of one loop, in microseconds, and all results seen of it.
+#[derive(Default)]
+struct Pair {
+    native: Series,
+    guest: Series,
+    native_results: BTreeSet<String>,
+    guest_results: BTreeSet<String>,
+}
+
+fn run_natively(program: &Path, repetitions: &str) -> Result<Loops, SkipReason> {
     let output = Command::new(program)
+        .arg(repetitions)
         .stdin(Stdio::null())
         .output()
         .map_err(|e| SkipReason(format!("this host cannot run i386 programs: {e}")))?;
