@@ -9,6 +9,7 @@ global_asm!(
     include_str!("builtin_guest/head.s"),
     include_str!("builtin_guest/runtime.s"),
     include_str!("builtin_guest/checks.s"),
+    include_str!("builtin_guest/v86.s"),
     include_str!("builtin_guest/paging.s"),
     options(att_syntax, raw)
 );

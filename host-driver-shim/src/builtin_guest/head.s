@@ -200,6 +200,7 @@
     call check_code
     call check_interrupts
     call check_user
+    call check_v86
     call check_double_fault
 
     movl $verdict_pass, %esi

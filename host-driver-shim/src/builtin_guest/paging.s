@@ -385,10 +385,7 @@ check_user:
     BITS "back in the kernel with IF clear", %ecx, $0x200, $0
     movl %cs, %ecx
     BITS "back in the kernel", %ecx, $0xffff, $KCODE
-    movl $text_v86, %esi
-    call say_skip
     ret
-    TEXT text_v86, "virtual-8086 mode: not written yet"
     L check_user_target
     ret
 
@@ -562,5 +559,9 @@ check_double_fault:
     .purgem SNIPPET_END
     .purgem U
     .purgem UONE
+    .purgem V86
+    .purgem V86_TRAPS
+    .purgem V
+    .purgem VONE
     .code64
     .popsection

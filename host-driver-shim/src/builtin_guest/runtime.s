@@ -170,6 +170,8 @@ trap_common:
     movl %eax, last_eflags
     movl %cr2, %eax
     movl %eax, last_cr2
+    testl $0x20000, 56(%esp)
+    jnz trap_from_v86
     testl $3, 52(%esp)
     jnz trap_from_user
     movl resume_eip, %eax
@@ -194,6 +196,15 @@ trap_from_user:
     movl $0x12345678, 36(%esp)
     jmp trap_return
 
+trap_from_v86:                            # [es][ds][fs][gs] above the frame
+    movl 68(%esp), %eax
+    movl %eax, v86_es
+    movl 72(%esp), %eax
+    movl %eax, v86_ds
+    movl 76(%esp), %eax
+    movl %eax, v86_fs
+    movl 80(%esp), %eax
+    movl %eax, v86_gs
 leave_user:                               # the user's registers into memory, then back to run_user's caller
     movl 36(%esp), %eax
     movl %eax, user_eax
@@ -255,6 +266,8 @@ irq_common:
     movl %eax, break_eip
     movl irq_cs, %eax
     movl %eax, break_cs
+    testl $0x20000, 56(%esp)
+    jnz leave_user
     testl $3, 52(%esp)
     jnz leave_user
     movl resume_eip, %eax
