@@ -132,6 +132,15 @@ pub const FEATURES: &[FeatureBit] = &[
         "true; and Linux then skips its microcode loader, errata work-arounds and complaints about missing MSRs",
     ),
     row(7, Ebx, 0, "FSGSBASE", Hidden, "64-bit mode only"),
+    row(
+        7,
+        Ebx,
+        1,
+        "TSC_ADJUST",
+        Always,
+        "with it and InvariantTSC Linux trusts the TSC unwatched (the PIT, which loses ticks on a busy host, would \
+         watch it) and can sleep without a periodic tick",
+    ),
     row(7, Ebx, 3, "BMI1", Hidden, "VEX-encoded: the scanner decodes no VEX"),
     row(7, Ebx, 5, "AVX2", Hidden, "needs AVX"),
     row(7, Ebx, 6, "FDP_EXCPTN", Host, "tells how the host's x87 behaves"),

@@ -106,6 +106,7 @@ pub const MSRS: &[MsrRow] = &[
     row(0x17, "IA32_PLATFORM_ID", Intel, MsrKind::Fixed(0), "read beside the microcode revision"),
     row(0x1b, "IA32_APIC_BASE", Any, MsrKind::Refused, "no local APIC; not read without its CPUID bit"),
     row(0x3a, "IA32_FEATURE_CONTROL", Intel, MsrKind::Refused, "no VMX; Linux reads it safely"),
+    row(0x3b, "IA32_TSC_ADJUST", Any, MsrKind::Fixed(0), "the TSC is the host's and nobody has adjusted it"),
     row(0x48, "IA32_SPEC_CTRL", Any, MsrKind::Refused, "speculation control is the host's"),
     row(0x49, "IA32_PRED_CMD", Any, MsrKind::Refused, "speculation control is the host's"),
     row(0x8b, "IA32_BIOS_SIGN_ID", Any, MsrKind::Microcode, "Linux compares it with lists of bad revisions"),
