@@ -269,6 +269,8 @@ impl Em {
         }
         self.close_record(host_tsc());
         let now = self.m.clock.now();
+        // This sleep has its own limit; the timer's thread would only be a second one to be woken.
+        self.ticker.arm(None, now);
         match self.deadline {
             Some(d) if d <= now => {}
             Some(d) => self.attention.wait(Some(Duration::from_nanos(d - now))),
