@@ -65,7 +65,8 @@ impl RawEngine {
         let hidden = cpu.eflags & !(NATIVE_FLAGS | eflags::IF | eflags::RF);
         cpu.eflags =
             (flags & NATIVE_FLAGS) | (w.vcpu_read(vp::IF_FLAG) & eflags::IF) | hidden | eflags::FIXED;
-        let behind_sti = exit == WorldExit::Kick
+        // Not only a kick: between a fault of ours right behind it and the next run, an interrupt may come, too.
+        let behind_sti = !matches!(exit, WorldExit::Gate { .. })
             && cpu.eflags & eflags::IF != 0
             && self.kernel_code.patm.is_after_sti(cpu.eip);
         if committed_sti || behind_sti {
