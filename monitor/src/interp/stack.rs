@@ -41,20 +41,11 @@ impl Exec<'_> {
         let m = self.stack_mask();
         let sp = self.cpu.gpr[gpr::ESP];
         let low = sp.wrapping_sub(step * 8) & m;
-        let mut image = [0u8; 32];
-        for (slot, r) in image.chunks_exact_mut(usize::from(size)).zip(self.cpu.gpr.iter().rev()) {
-            slot.copy_from_slice(r.to_le_bytes().get(..usize::from(size)).unwrap_or_default());
-        }
-        let image = image.get(..usize::from(size) * 8).unwrap_or_default();
-        if low.checked_add(step * 8 - 1).is_some_and(|last| last <= m) {
-            self.write_bytes_aligned(Place { seg: seg::SS, off: low }, image, step)?;
-        } else {
-            // The stack pointer wraps inside the image.
-            for n in 0..8 {
-                let v = self.cpu.gpr[n as usize & 7];
-                let off = sp.wrapping_sub(step * (n + 1)) & m;
-                self.store(Place { seg: seg::SS, off }, size, v)?;
-            }
+        // One by one from the top: the first push that faults decides CR2.
+        for n in 0..8 {
+            let v = self.cpu.gpr[n as usize & 7];
+            let off = sp.wrapping_sub(step * (n + 1)) & m;
+            self.store(Place { seg: seg::SS, off }, size, v)?;
         }
         self.set_sp(low);
         Ok(Flow::Next)
