@@ -7,3 +7,4 @@ pub mod hostile;
 pub mod initramfs;
 pub mod measure;
 pub mod procs;
+pub mod ring0_code;
