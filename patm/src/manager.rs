@@ -250,7 +250,9 @@ impl Patm {
         }
         let jump_end = start.wrapping_add(5);
         let mut trapping = Trapping::default();
-        for offset in window.inner_starts().filter(|o| (1..5).contains(o)) {
+        // A guest may yet enter the filler: a function that begins with a `nop` and is only called indirectly.
+        let filler = window.len() - window.filler..window.len();
+        for offset in window.inner_starts().chain(filler).filter(|o| (1..5).contains(o)) {
             trapping.0 |= 1 << (offset - 1);
         }
         let (trampoline, map, sites) = self.place(&window, jump_end, trapping)?;
