@@ -10,6 +10,7 @@ use crate::tm::Clock;
 use crate::trap::Trap;
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::ram::GuestRam;
+use std::cell::RefCell;
 
 /// A write that hit a frame with copies in a code view.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,10 +32,14 @@ pub struct Machine {
     /// Virtual time.
     pub clock: Clock,
     /// For each frame: how many code-view copies of it exist. Writes to such a frame must be seen.
-    tracked: Vec<u16>,
+    tracked: Vec<u32>,
     /// Writes seen since the engine last looked.
     pub code_writes: Vec<CodeWrite>,
+    /// A and D bits set in frames with copies since the engine last looked: the walk has the machine shared.
+    table_writes: RefCell<Vec<CodeWrite>>,
     tlb: Tlb,
+    /// CR3 the TLB is about: a task switch looks through the new one before it is final.
+    tlb_cr3: u32,
     /// Flushes since the engine last looked.
     pub paging_changes: Vec<PagingChange>,
     /// A device was accessed: deadlines and interrupt lines may have changed.
@@ -52,7 +57,9 @@ impl Machine {
             clock,
             tracked: vec![0; frames],
             code_writes: Vec::new(),
+            table_writes: RefCell::default(),
             tlb: Tlb::default(),
+            tlb_cr3: 0,
             paging_changes: Vec::new(),
             devices_touched: true,
         }
@@ -112,9 +119,20 @@ impl Machine {
         }
     }
 
+    /// Takes the writes to frames with copies since the last call, by the guest and by page walks.
+    pub fn take_code_writes(&mut self) -> Vec<CodeWrite> {
+        let mut writes = std::mem::take(&mut self.code_writes);
+        writes.append(self.table_writes.get_mut());
+        writes
+    }
+
     /// The frame behind a page for an access, from the TLB or by a walk.
     #[inline]
     fn frame(&mut self, cpu: &CpuState, lin: GuestLin, access: Access) -> Result<GuestPhys, Trap> {
+        if self.tlb_cr3 != cpu.cr3 {
+            self.tlb.clear();
+            self.tlb_cr3 = cpu.cr3;
+        }
         if let Some(frame) = self.tlb.get(lin, access) {
             return Ok(frame);
         }
@@ -162,9 +180,11 @@ impl PhysMemory for Machine {
         u32::from_le_bytes(b)
     }
     fn write_u32(&self, at: GuestPhys, value: u32) {
-        // A and D bits in page tables: a table frame that also holds scanned code would be odd, and its code bytes
-        // are not where the entry is.
-        let _ = self.ram.write(at.0, &value.to_le_bytes());
+        // A and D bits in page tables. A frame with copies of code may become a page table without being written much.
+        let written = self.ram.write(at.0, &value.to_le_bytes()).is_some();
+        if written && self.is_tracked((at.0 >> 12) as u32) {
+            self.table_writes.borrow_mut().push(CodeWrite { at, len: 4 });
+        }
     }
 }
 
@@ -286,4 +306,58 @@ impl Env for Machine {
 #[must_use]
 pub fn code_linear(cpu: &CpuState) -> GuestLin {
     GuestLin(cpu.seg[seg::CS].base.wrapping_add(cpu.eip))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::cpum::cr0;
+    use crate::iom::DevicesConfig;
+
+    /// A machine with this many MiB of empty RAM.
+    pub(crate) fn machine(mib: u64) -> Machine {
+        let ram = GuestRam::new(mib << 20).unwrap();
+        let devices = Devices::new(DevicesConfig {
+            ram_bytes: mib << 20,
+            utc_ns: 0,
+            serial: Default::default(),
+            debug_console: None,
+            debug_exit: None,
+        });
+        Machine::new(ram, devices, CpuPolicy::host(), Clock::host())
+    }
+
+    /// A CPU whose page directory at `cr3` leads with its first entry to the table at cr3 + 1000h, which shows `frame`
+    /// at linear 0.
+    pub(crate) fn paged(m: &Machine, cr3: u32, frame: u32) -> CpuState {
+        let mut cpu = CpuState::reset();
+        cpu.cr0 = cr0::PE | cr0::PG | cr0::WP;
+        cpu.cr3 = cr3;
+        m.write_u32(GuestPhys(u64::from(cr3)), (cr3 + 0x1000) | 3);
+        m.write_u32(GuestPhys(u64::from(cr3) + 0x1000), frame | 3);
+        cpu
+    }
+
+    #[test]
+    fn a_look_through_another_cr3_sees_its_pages_and_leaves_nothing_behind() {
+        let mut m = machine(1);
+        let (old, new) = (paged(&m, 0x1000, 0x8000), paged(&m, 0x4000, 0x9000));
+        m.write_ram(GuestPhys(0x8000), b"old");
+        m.write_ram(GuestPhys(0x9000), b"new");
+        for (cpu, want) in [(&old, b"old"), (&new, b"new"), (&old, b"old")] {
+            let mut buf = [0u8; 3];
+            m.read(cpu, GuestLin(0), &mut buf, Privilege::Supervisor).unwrap();
+            assert_eq!(&buf, want);
+        }
+    }
+
+    #[test]
+    fn accessed_bits_set_in_a_frame_with_copies_count_as_writes_to_it() {
+        let mut m = machine(1);
+        let cpu = paged(&m, 0x1000, 0x8000);
+        m.track(2);
+        m.read(&cpu, GuestLin(0), &mut [0], Privilege::Supervisor).unwrap();
+        assert_eq!(m.take_code_writes(), [CodeWrite { at: GuestPhys(0x2000), len: 4 }]);
+        assert_eq!(m.take_code_writes(), []);
+    }
 }

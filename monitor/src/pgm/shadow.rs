@@ -51,7 +51,9 @@ impl Entry {
     pub fn host_write(self) -> bool {
         self.0 & Self::HOST_WRITE != 0
     }
-    fn global(self) -> bool {
+    /// The guest marked it global.
+    #[must_use]
+    pub fn global(self) -> bool {
         self.0 & Self::G != 0
     }
     fn large(self) -> bool {
@@ -70,6 +72,27 @@ struct Region {
     entries: [Entry; 512],
     count: u16,
     non_global: u16,
+    large: u16,
+}
+
+impl Region {
+    /// If all that is mapped comes from one large page: the first mapped page, with the rights any of them was filled
+    /// with.
+    fn as_one(&self) -> Option<(u32, Entry)> {
+        if self.large != self.count {
+            return None;
+        }
+        let first = self.entries.iter().position(|e| e.mapped())?;
+        let mut all = self.entries[first];
+        for (i, e) in self.entries.iter().enumerate().skip(first).filter(|(_, e)| e.mapped()) {
+            if e.pfn().wrapping_sub(i as u32) != all.pfn().wrapping_sub(first as u32) {
+                return None;
+            }
+            all.0 |= e.0 & (Entry::RW | Entry::US | Entry::D);
+            all.0 &= e.0 | !(Entry::NX | Entry::G);
+        }
+        Some((first as u32, all))
+    }
 }
 
 /// Which translations a flush concerns.
@@ -127,11 +150,12 @@ impl Shadow {
         let live = &mut self.live;
         let region = self.regions[index].get_or_insert_with(|| {
             live.push(index as u16);
-            Box::new(Region { entries: [Entry::default(); 512], count: 0, non_global: 0 })
+            Box::new(Region { entries: [Entry::default(); 512], count: 0, non_global: 0, large: 0 })
         });
         region.entries[(lin.0 >> 12 & 511) as usize] = entry;
         region.count += 1;
         region.non_global += u16::from(!entry.global());
+        region.large += u16::from(entry.large());
         self.count += 1;
         self.small += usize::from(!entry.large());
         if entry.host_write() {
@@ -144,6 +168,17 @@ impl Shadow {
                     let pages = o.get_mut();
                     if pages.first != page && !pages.more.contains(&page) {
                         pages.more.push(page);
+                        let len = pages.more.len();
+                        if len >= 32 && len.is_power_of_two() {
+                            // A frame that is mapped here and there in turn: forget where it is no longer.
+                            let (regions, pfn) = (&self.regions, entry.pfn());
+                            pages.more.retain(|&p| {
+                                let e = regions[(p >> 9) as usize & 2047]
+                                    .as_ref()
+                                    .map_or(Entry::default(), |r| r.entries[(p & 511) as usize]);
+                                e.host_write() && e.pfn() == pfn
+                            });
+                        }
                     }
                 }
             }
@@ -173,9 +208,30 @@ impl Shadow {
         }
         region.count -= 1;
         region.non_global -= u16::from(!old.global());
+        region.large -= u16::from(old.large());
         self.count -= 1;
         self.small -= usize::from(!old.large());
         true
+    }
+
+    /// What `invlpg` of `lin` concerns: its page, and as far as they come from large pages its neighbours in the same
+    /// 4 MiB. Forgets them and hands each to `dropped`.
+    pub fn clear_page_of(&mut self, lin: GuestLin, mut dropped: impl FnMut(GuestLin)) {
+        if self.clear(lin) {
+            dropped(lin.page_base());
+        }
+        for base in [lin.0 & !0x3f_ffff, lin.0 & !0x3f_ffff | 0x20_0000] {
+            for i in 0..512u32 {
+                let Some(region) = &self.regions[(base >> 21) as usize] else { break };
+                if region.large == 0 {
+                    break;
+                }
+                let at = GuestLin(base | i << 12);
+                if region.entries[i as usize].large() && self.clear(at) {
+                    dropped(at);
+                }
+            }
+        }
     }
 
     /// Forgets everything.
@@ -220,16 +276,12 @@ impl Shadow {
                 return true;
             }
             let base = u32::from(index) << 21;
-            // A whole region filled from one large page is still good if its first mapped page is.
-            if let Some(i) = region.entries.iter().position(|e| e.mapped()) {
-                let e = region.entries[i];
-                if e.large()
-                    && region.entries.iter().all(|e| e.large() || !e.mapped())
-                    && peek(mem, cpu, GuestLin(base | (i as u32) << 12))
-                        .is_some_and(|l| l.shift > 12 && e.still_good(&l) && (e.global() || !l.global))
-                {
-                    return true;
-                }
+            // A whole region filled from one large page is still good if all of it together is.
+            if let Some((i, e)) = region.as_one()
+                && peek(mem, cpu, GuestLin(base | i << 12))
+                    .is_some_and(|l| l.shift > 12 && e.still_good(&l) && (e.global() || !l.global))
+            {
+                return true;
             }
             let mut run: Option<(u32, u32)> = None;
             for i in 0..512u32 {
@@ -251,6 +303,7 @@ impl Shadow {
                     region.entries[i as usize] = Entry::default();
                     region.count -= 1;
                     region.non_global -= u16::from(!e.global());
+                    region.large -= u16::from(e.large());
                     self.count -= 1;
                     self.small -= usize::from(!e.large());
                     match &mut run {
@@ -314,5 +367,72 @@ mod tests {
         assert!(s.clear(GuestLin(0x1234)));
         assert!(!s.clear(GuestLin(0x1234)));
         assert_eq!(s.len(), 1);
+    }
+
+    fn large(frame: u64, dirty: bool) -> Entry {
+        let mut l = leaf(frame, true, dirty, false);
+        l.shift = 21;
+        Entry::new(&l, dirty)
+    }
+
+    #[test]
+    fn invlpg_anywhere_in_a_large_page_drops_all_of_it_and_no_small_neighbour() {
+        let mut s = Shadow::default();
+        s.set(GuestLin(0x40_0000), large(0x40_0000, true));
+        s.set(GuestLin(0x40_1000), Entry::new(&leaf(0x5000, true, true, false), true));
+        s.set(GuestLin(0x7f_f000), large(0x7f_f000, true));
+        s.set(GuestLin(0x80_0000), large(0x80_0000, true));
+        let mut dropped = Vec::new();
+        s.clear_page_of(GuestLin(0x55_5123), |lin| dropped.push(lin.0));
+        assert_eq!(dropped, [0x40_0000, 0x7f_f000]);
+        assert_eq!(s.len(), 2);
+        s.clear_page_of(GuestLin(0x40_1fff), |lin| dropped.push(lin.0));
+        assert_eq!((dropped.last(), s.len()), (Some(&0x40_1000), 1));
+    }
+
+    #[test]
+    fn a_large_page_that_lost_its_d_bit_goes_stale_where_it_was_filled_with_it() {
+        let m = crate::machine::tests::machine(1);
+        let mut cpu = crate::machine::tests::paged(&m, 0x1000, 0);
+        cpu.cr4 |= crate::cpum::cr4::PSE;
+        let pde = csam::GuestPhys(0x1000);
+        let mut s = Shadow::default();
+        s.set(GuestLin(0), large(0, false));
+        s.set(GuestLin(0x1000), large(0x1000, true));
+        let mut count = |pde_value: u32| {
+            m.write_u32(pde, pde_value);
+            let mut n = 0;
+            s.sync(&m, &cpu, Scope::All, |_, pages| n += pages);
+            n
+        };
+        assert_eq!(count(0xc7), 0, "D is still set");
+        assert_eq!(count(0x87), 1, "the page that was filled as dirty must fault at the next write");
+    }
+
+    #[test]
+    fn a_region_filled_from_two_large_pages_in_turn_loses_what_is_from_the_old_one() {
+        let m = crate::machine::tests::machine(1);
+        let mut cpu = crate::machine::tests::paged(&m, 0x1000, 0);
+        cpu.cr4 |= crate::cpum::cr4::PSE;
+        let mut s = Shadow::default();
+        s.set(GuestLin(0), large(0, true));
+        s.set(GuestLin(0x1000), large(0x80_1000, true));
+        m.write_u32(csam::GuestPhys(0x1000), 0xc7);
+        let mut gone = Vec::new();
+        s.sync(&m, &cpu, Scope::All, |at, pages| gone.push((at.0, pages)));
+        assert_eq!(gone, [(0x1000, 1)]);
+    }
+
+    #[test]
+    fn a_frame_shown_at_many_places_in_turn_is_remembered_only_where_it_is() {
+        let mut s = Shadow::default();
+        for i in 0..5000u32 {
+            s.set(GuestLin(i << 12), Entry::new(&leaf(0x5000, true, true, false), true));
+            if i != 17 {
+                s.clear(GuestLin(i << 12));
+            }
+        }
+        assert!(s.writable[&5].more.len() < 64);
+        assert_eq!(s.take_writable(5), [GuestLin(17 << 12)]);
     }
 }
