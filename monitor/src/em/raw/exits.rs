@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// DR6.BS: the debug exception is a single step.
+const DR6_BS: u32 = 1 << 14;
+
 impl RawEngine {
     /// Takes the state of the ring-0 world over into the CPU and deals with the exit.
     pub(super) fn read_back_kernel(
@@ -154,8 +157,13 @@ impl RawEngine {
                 cpu.eip = cpu.eip.wrapping_sub(if short { 1 } else { 2 });
                 After::Interpret
             }
-            // `int1`; single steps do not happen in raw mode.
-            1 => After::Deliver(Event::Exception(Trap::DB)),
+            // A single step, after a `popf` of ring 3 that set TF, or `int1`.
+            1 => {
+                if cpu.eflags & eflags::TF != 0 {
+                    cpu.dr[6] |= DR6_BS;
+                }
+                After::Deliver(Event::Exception(Trap::DB))
+            }
             _ => After::Interpret,
         }
     }
@@ -192,7 +200,9 @@ impl RawEngine {
         regs: &HwRegs,
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        cpu.eflags = (cpu.eflags & !(USER_FLAGS | eflags::RF)) | (regs.eflags & USER_FLAGS) | eflags::FIXED;
+        // `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.
+        let native = USER_FLAGS | eflags::TF;
+        cpu.eflags = (cpu.eflags & !(native | eflags::RF)) | (regs.eflags & native) | eflags::FIXED;
         let mut reloaded = false;
         let (cs, eip) = (regs.sel[seg::CS], cpu.eip);
         if cs != self.users[number - 1].loaded[seg::CS] {

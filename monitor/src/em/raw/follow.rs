@@ -5,8 +5,12 @@ use super::*;
 impl RawEngine {
     /// Follows what the guest (or the monitor for it) changed since the last run.
     pub(super) fn follow_changes(&mut self, m: &mut Machine, cpu: &CpuState) -> Result<(), RawError> {
-        while !m.code_writes.is_empty() {
-            for w in std::mem::take(&mut m.code_writes) {
+        loop {
+            let writes = m.take_code_writes();
+            if writes.is_empty() {
+                break;
+            }
+            for w in writes {
                 self.kernel_code.code_written(m, &self.code, w.at, w.len);
                 self.user_code.code_written(m, &self.code, w.at);
             }
@@ -29,15 +33,19 @@ impl RawEngine {
                         for space in &mut self.users {
                             space.clear()?;
                         }
+                        let copied = self.kernel_code.copied_pages();
+                        self.forget_code_of_other_frames(m, cpu, &copied)?;
                     } else {
-                        self.kernel.sync(m, cpu, Scope::All, &self.layout)?;
+                        let gone = self.kernel.sync(m, cpu, Scope::All, &self.layout)?;
+                        self.forget_code_of_other_frames(m, cpu, &gone)?;
                         for space in &mut self.users {
                             space.pending_sync = Some(Scope::All);
                         }
                     }
                 }
                 PagingChange::Cr3 => {
-                    self.kernel.sync(m, cpu, Scope::NonGlobal, &self.layout)?;
+                    let gone = self.kernel.sync(m, cpu, Scope::NonGlobal, &self.layout)?;
+                    self.forget_code_of_other_frames(m, cpu, &gone)?;
                     for space in &mut self.users {
                         if space.role == (Role::User { cr3: cpu.cr3 }) && space.pending_sync.is_none() {
                             space.pending_sync = Some(Scope::NonGlobal);
@@ -45,12 +53,15 @@ impl RawEngine {
                     }
                 }
                 PagingChange::Page(lin) => {
-                    self.kernel.drop_data(lin, &self.layout)?;
-                    self.kernel.drop_code(lin, &self.layout)?;
+                    let gone = self.kernel.invalidate(lin, &self.layout)?;
+                    self.forget_code_of_other_frames(m, cpu, &gone)?;
                     for space in &mut self.users {
-                        if space.role == (Role::User { cr3: cpu.cr3 }) {
-                            space.drop_data(lin, &self.layout)?;
-                            space.drop_code(lin, &self.layout)?;
+                        // Other address spaces are flushed when CR3 is loaded with them, except for global pages.
+                        if space.role == (Role::User { cr3: cpu.cr3 })
+                            || space.data.get(lin).global()
+                            || space.code.get(lin).global()
+                        {
+                            space.invalidate(lin, &self.layout)?;
                         }
                     }
                 }
@@ -60,6 +71,26 @@ impl RawEngine {
             self.make_room(m, cpu, GuestLin(cpu.linear_eip()), cpu.cpl != 3)?;
         }
         Ok(())
+    }
+
+    /// Some pages left the ring-0 code view. Where another frame is now (or none), the copy goes at once and not when the
+    /// page is executed again: an instruction or a patch of the page before may reach into it.
+    fn forget_code_of_other_frames(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        pages: &[GuestLin],
+    ) -> Result<(), RawError> {
+        let mut any = false;
+        for &lin in pages {
+            if let Some(pfn) = self.kernel_code.frame_of(lin)
+                && peek(m, cpu, lin).is_none_or(|l| l.frame.0 >> 12 != u64::from(pfn))
+            {
+                self.kernel_code.drop_page(m, &self.code, lin.page_number());
+                any = true;
+            }
+        }
+        if any { self.settle_code() } else { Ok(()) }
     }
 
     /// Carries out in the worlds what the code views decided: new trampoline pages, frames that became code, copies

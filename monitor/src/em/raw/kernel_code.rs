@@ -163,6 +163,18 @@ impl KernelCode {
         (self.pages.len(), self.map.instruction_count())
     }
 
+    /// The frame the copy of `lin`'s page was made of, if there is a copy.
+    #[must_use]
+    pub fn frame_of(&self, lin: GuestLin) -> Option<u32> {
+        self.pages.get(&lin.page_number()).map(|p| p.pfn)
+    }
+
+    /// The pages that have copies.
+    #[must_use]
+    pub fn copied_pages(&self) -> Vec<GuestLin> {
+        self.pages.keys().map(|number| GuestLin(number << 12)).collect()
+    }
+
     /// Every trampoline page with its code memory.
     pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
         self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))

@@ -29,14 +29,14 @@ use crate::selm;
 use crate::trap::{Event, Trap};
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::code_memory::CodeMemory;
-use host_driver_shim::raw::RawEngine as RawHost;
+use host_driver_shim::raw;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{Backing, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
 use kernel_code::KernelCode;
 use layout::{Layout, TRAMP_LEN};
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
 use space::{Role, Space};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
 
 /// Address spaces of guest ring 3 that keep a world of their own.
@@ -73,6 +73,10 @@ pub enum RawRefusal {
     FpuTrap,
     /// CR4.TSD: rdtsc of ring 3 must fault.
     TscTrap,
+    /// EFLAGS.AC set in ring 3: the host's handlers are not to run with alignment checks.
+    AlignmentCheck,
+    /// EFLAGS.IF clear in ring 3, by a `cli` with IOPL 3: `popf` and `pushf` of ring 3 know only the host's IF.
+    UserIfClear,
     /// The interrupt shadow of `sti` or `mov ss` is in force.
     Shadow,
 }
@@ -91,6 +95,8 @@ impl RawRefusal {
             RawRefusal::StackSegment => "interpreted_with_stack_not_flat",
             RawRefusal::FpuTrap => "interpreted_with_cr0_em",
             RawRefusal::TscTrap => "interpreted_with_cr4_tsd",
+            RawRefusal::AlignmentCheck => "interpreted_with_alignment_checks",
+            RawRefusal::UserIfClear => "interpreted_in_ring_3_with_if_clear",
             RawRefusal::Shadow => "interpreted_in_interrupt_shadow",
         }
     }
@@ -138,22 +144,41 @@ pub enum RawError {
 /// Where a kick from another thread goes.
 #[derive(Default)]
 pub struct KickTarget {
-    current: Mutex<Option<Arc<dyn Kicker>>>,
+    current: Mutex<Current>,
+}
+
+#[derive(Default)]
+struct Current {
+    kicker: Option<Arc<dyn Kicker>>,
+    /// A kick no exit has answered yet. The next world inherits it: it may have come between the EMT's last look and
+    /// the change of worlds.
+    unanswered: bool,
 }
 
 impl KickTarget {
     /// Makes the running world leave guest code soon.
     pub fn kick(&self) {
-        if let Ok(current) = self.current.lock()
-            && let Some(k) = current.as_ref()
-        {
+        let mut current = self.lock();
+        current.unanswered = true;
+        if let Some(k) = &current.kicker {
             k.kick();
         }
     }
     fn set(&self, kicker: Option<Arc<dyn Kicker>>) {
-        if let Ok(mut current) = self.current.lock() {
-            *current = kicker;
+        let mut current = self.lock();
+        if current.unanswered
+            && let Some(k) = &kicker
+        {
+            k.kick();
         }
+        current.kicker = kicker;
+    }
+    /// A kick made a world exit, and the EMT will look round.
+    fn answered(&self) {
+        self.lock().unanswered = false;
+    }
+    fn lock(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -162,9 +187,26 @@ struct CachedSegment {
     host: u16,
 }
 
+/// Where worlds come from.
+pub trait Worlds {
+    /// A new world with nothing mapped.
+    fn spawn(&self) -> Result<Box<dyn World>, WorldError>;
+    /// Worlds made from here on are bound to this host CPU.
+    fn set_cpu(&self, cpu: usize);
+}
+
+impl Worlds for raw::RawEngine {
+    fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+        Ok(Box::new(self.spawn_world()?))
+    }
+    fn set_cpu(&self, cpu: usize) {
+        raw::RawEngine::set_cpu(self, cpu);
+    }
+}
+
 /// All worlds of a guest.
 pub struct RawEngine {
-    host: RawHost,
+    host: Box<dyn Worlds>,
     code: CodeMemory,
     layout: Layout,
     layouts_tried: usize,
@@ -191,8 +233,6 @@ pub struct RawEngine {
     last_run: (u64, u64),
     /// How often reservations moved.
     pub moves: u64,
-    /// Worlds that died and were made again.
-    pub rebuilt: u64,
 }
 
 /// The vCPU page of a world as PATM's fixes see it.
@@ -212,9 +252,9 @@ const KERNEL: usize = 0;
 
 impl RawEngine {
     /// Makes the ring-0 world.
-    pub fn new(host: RawHost, code: CodeMemory, count_inline: bool) -> Result<RawEngine, RawError> {
+    pub fn new(host: Box<dyn Worlds>, code: CodeMemory, count_inline: bool) -> Result<RawEngine, RawError> {
         let layout = Layout::CANDIDATES[0];
-        let kernel = Space::new(Box::new(host.spawn_world()?), Role::Supervisor);
+        let kernel = Space::new(host.spawn()?, Role::Supervisor);
         let mut engine = RawEngine {
             host,
             code,
@@ -242,7 +282,6 @@ impl RawEngine {
             },
             last_run: (0, 0),
             moves: 0,
-            rebuilt: 0,
         };
         engine.furnish_kernel()?;
         Ok(engine)
@@ -349,6 +388,10 @@ impl RawEngine {
                     Some(RawRefusal::FpuTrap)
                 } else if cpu.cr4 & cr4::TSD != 0 {
                     Some(RawRefusal::TscTrap)
+                } else if cpu.eflags & eflags::AC != 0 {
+                    Some(RawRefusal::AlignmentCheck)
+                } else if cpu.eflags & eflags::IF == 0 {
+                    Some(RawRefusal::UserIfClear)
                 } else {
                     None
                 }
@@ -369,13 +412,10 @@ impl RawEngine {
             return Ok(i + 1);
         }
         let i = if self.users.len() < MAX_USER_SPACES {
-            self.users.push(Space::new(Box::new(self.host.spawn_world()?), role));
+            self.users.push(Space::new(self.host.spawn()?, role));
             self.users.len() - 1
         } else {
             let oldest = (0..self.users.len()).min_by_key(|&i| self.users[i].last_used).unwrap_or(0);
-            if self.fpu_in == Some(oldest + 1) {
-                self.users[oldest].world.fpu();
-            }
             self.users[oldest].clear()?;
             self.users[oldest].role = role;
             oldest
@@ -415,10 +455,8 @@ impl RawEngine {
         {
             self.users[number - 1].sync(m, cpu, scope, &layout)?;
         }
-        let mut regs = HwRegs { gpr: cpu.gpr, eip: cpu.eip, eflags: 0, sel: [0; 6] };
-        for (i, s) in cpu.seg.iter().enumerate() {
-            regs.sel[i] = self.space(number).host_selector(s, i == seg::CS, &layout)?;
-        }
+        let sel = self.space(number).host_selectors(&cpu.seg, &layout)?;
+        let mut regs = HwRegs { gpr: cpu.gpr, eip: cpu.eip, eflags: 0, sel };
         if number == KERNEL {
             if self.cache_generation != self.kernel.ldt_generation {
                 self.forget_segment_cache();
@@ -447,6 +485,9 @@ impl RawEngine {
             }
             Err(e) => return Err(e.into()),
         };
+        if exit == WorldExit::Kick {
+            self.kick.answered();
+        }
         cpu.gpr = regs.gpr;
         cpu.eip = regs.eip;
         if number == KERNEL {
@@ -473,9 +514,106 @@ impl RawEngine {
     }
 }
 
+impl Drop for RawEngine {
+    fn drop(&mut self) {
+        // Other threads keep the target: no kick is to go to a world that is gone.
+        self.kick.set(None);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::tests::machine;
+    use host_driver_shim::fake::{FakeState, FakeWorld};
+
+    type Script = fn(&mut FakeWorld);
+
+    /// Worlds that follow scripts: the ring-0 world the first, ring-3 worlds the second.
+    struct Fakes(Mutex<Vec<Script>>);
+
+    impl Worlds for Fakes {
+        fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+            let mut scripts = self.0.lock().unwrap();
+            let mut world = FakeWorld::new();
+            let script = if scripts.len() > 1 { scripts.remove(0) } else { scripts[0] };
+            script(&mut world);
+            Ok(Box::new(world))
+        }
+        fn set_cpu(&self, _: usize) {}
+    }
+
+    fn engine(scripts: &[Script]) -> RawEngine {
+        let code = CodeMemory::new(1 << 20).unwrap();
+        RawEngine::new(Box::new(Fakes(Mutex::new(scripts.to_vec()))), code, false).unwrap()
+    }
+
+    /// 32-bit protected mode without paging, everything flat.
+    fn flat(cpl: u8) -> CpuState {
+        let mut cpu = CpuState::reset();
+        cpu.cr0 |= cr0::PE;
+        cpu.cpl = cpl;
+        cpu.eip = 0x2000;
+        cpu.eflags = eflags::FIXED | eflags::IF;
+        let attr = SegAttr::PRESENT | SegAttr::RW | SegAttr::BIG;
+        for s in &mut cpu.seg {
+            *s = Segment { selector: 0x10 | u16::from(cpl), base: 0, limit: u32::MAX, attr };
+        }
+        cpu.seg[seg::CS].attr |= SegAttr::CODE;
+        assert_eq!(RawEngine::refusal(&cpu), None);
+        cpu
+    }
+
+    fn single_step_trap(regs: &mut HwRegs, _: &mut FakeState) -> Result<WorldExit, WorldError> {
+        regs.eip += 1;
+        regs.eflags |= eflags::TF;
+        Ok(WorldExit::Fault { vector: 1, error_code: 0, cr2: 0 })
+    }
+
+    #[test]
+    fn a_kick_that_comes_before_the_world_is_chosen_is_not_lost() {
+        let (mut engine, mut m) = (engine(&[|_| ()]), machine(1));
+        engine.kick_target().kick();
+        assert_eq!(engine.run(&mut flat(0), &mut m, false).unwrap(), After::Kicked);
+        // And it is over with that: the ring-3 world follows its (empty) script.
+        assert!(engine.run(&mut flat(3), &mut m, false).is_err());
+    }
+
+    #[test]
+    fn a_kick_of_one_world_that_another_runs_after_is_inherited() {
+        let script: Script = |w| {
+            w.then_exit(WorldExit::Syscall);
+        };
+        let (mut engine, mut m) = (engine(&[script]), machine(1));
+        engine.run(&mut flat(0), &mut m, false).unwrap();
+        engine.kick_target().kick();
+        assert_eq!(engine.run(&mut flat(3), &mut m, false).unwrap(), After::Kicked);
+    }
+
+    #[test]
+    fn single_stepping_that_ring_3_began_by_itself_is_told_to_the_guest() {
+        let script: Script = |w| {
+            w.then(single_step_trap);
+        };
+        let (mut engine, mut m) = (engine(&[script]), machine(1));
+        let mut cpu = flat(3);
+        let after = engine.run(&mut cpu, &mut m, false).unwrap();
+        assert_eq!(after, After::Deliver(Event::Exception(Trap::DB)));
+        assert_ne!(cpu.eflags & eflags::TF, 0);
+        assert_ne!(cpu.dr[6] & (1 << 14), 0);
+        assert_eq!(RawEngine::refusal(&cpu), Some(RawRefusal::TrapFlag));
+    }
+
+    #[test]
+    fn ring_3_is_interpreted_where_its_flags_mean_more_than_the_hosts() {
+        let mut cpu = flat(3);
+        cpu.eflags &= !eflags::IF;
+        assert_eq!(RawEngine::refusal(&cpu), Some(RawRefusal::UserIfClear));
+        cpu.eflags |= eflags::IF | eflags::AC;
+        assert_eq!(RawEngine::refusal(&cpu), Some(RawRefusal::AlignmentCheck));
+        cpu.cpl = 0;
+        assert_eq!(RawEngine::refusal(&cpu), None);
+    }
 
     #[test]
     fn the_reset_state_is_not_for_raw_mode() {

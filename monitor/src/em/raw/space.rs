@@ -2,7 +2,7 @@
 
 use super::layout::Layout;
 use crate::cpum::CpuState;
-use crate::cpum::{SegAttr, Segment};
+use crate::cpum::{SegAttr, Segment, seg};
 use crate::machine::Machine;
 use crate::pgm::shadow::{Entry, Scope, Shadow};
 use crate::pgm::walk::Leaf;
@@ -123,6 +123,25 @@ impl Space {
         })
     }
 
+    /// Host selectors for all segment registers, in encoding order.
+    pub fn host_selectors(
+        &mut self,
+        segments: &[Segment; 6],
+        layout: &Layout,
+    ) -> Result<[u16; 6], WorldError> {
+        loop {
+            let generation = self.ldt_generation;
+            let mut selectors = [0; 6];
+            for (i, (s, out)) in segments.iter().zip(&mut selectors).enumerate() {
+                *out = self.host_selector(s, i == seg::CS, layout)?;
+            }
+            // If the LDT was started afresh on the way, the first ones are those of the old one. A new one has room.
+            if generation == self.ldt_generation {
+                return Ok(selectors);
+            }
+        }
+    }
+
     /// Forgets all mappings, here and in the world.
     pub fn clear(&mut self) -> Result<(), WorldError> {
         self.data.clear_all();
@@ -131,15 +150,16 @@ impl Space {
         self.world.unmap(WorldLin(0), 0)
     }
 
-    /// Follows a flush by the guest: drops what went stale.
+    /// Follows a flush by the guest: drops what went stale. Returns the pages that left the code view.
     pub fn sync(
         &mut self,
         m: &Machine,
         cpu: &CpuState,
         scope: Scope,
         layout: &Layout,
-    ) -> Result<(), WorldError> {
+    ) -> Result<Vec<GuestLin>, WorldError> {
         let mut result = Ok(());
+        let mut gone = Vec::new();
         let world = &mut self.world;
         self.data.sync(m, cpu, scope, |at, pages| {
             if result.is_ok() {
@@ -151,8 +171,23 @@ impl Space {
             if result.is_ok() {
                 result = world.unmap(layout.code(at), pages << 12);
             }
+            gone.extend((0..pages).map(|i| at.wrapping_add(i << 12)));
         });
-        result
+        result.map(|()| gone)
+    }
+
+    /// Follows `invlpg`: drops the page of `lin` from both views, all of it if it is a large one. Returns the pages that
+    /// left the code view.
+    pub fn invalidate(&mut self, lin: GuestLin, layout: &Layout) -> Result<Vec<GuestLin>, WorldError> {
+        let mut data = Vec::new();
+        self.data.clear_page_of(lin, |at| data.push(at));
+        unmap_runs(self.world.as_mut(), layout, &data)?;
+        let mut gone = Vec::new();
+        self.code.clear_page_of(lin, |at| gone.push(at));
+        for at in &gone {
+            self.world.unmap(layout.code(*at), 0x1000)?;
+        }
+        Ok(gone)
     }
 
     /// Drops one data page.
@@ -241,4 +276,32 @@ fn unmap_runs(world: &mut dyn World, layout: &Layout, pages: &[GuestLin]) -> Res
         i += n;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host_driver_shim::fake::FakeWorld;
+
+    fn segment(base: u32) -> Segment {
+        let attr = SegAttr::PRESENT | SegAttr::RW | SegAttr::BIG;
+        Segment { selector: 0x33, base, limit: u32::MAX, attr }
+    }
+
+    #[test]
+    fn selectors_of_one_run_are_never_of_two_generations_of_the_ldt() {
+        let mut space = Space::new(Box::new(FakeWorld::new()), Role::Supervisor);
+        let layout = Layout::CANDIDATES[0];
+        // All but two slots: the third of six different segments starts the LDT afresh.
+        for base in 0..u32::from(LAST_SLOT - FIRST_SLOT) - 2 {
+            space.host_selector(&segment(base), false, &layout).unwrap();
+        }
+        let wanted: [Segment; 6] = std::array::from_fn(|i| segment(0x8000_0000 + i as u32));
+        let selectors = space.host_selectors(&wanted, &layout).unwrap();
+        assert_eq!(space.ldt_generation, 1);
+        for (i, selector) in selectors.iter().enumerate().filter(|(i, _)| *i != seg::CS) {
+            let content = space.contents[usize::from((selector >> 3) - FIRST_SLOT)];
+            assert_eq!(content.base, wanted[i].base.wrapping_add(layout.delta));
+        }
+    }
 }

@@ -19,6 +19,9 @@ use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
 use std::collections::{HashMap, HashSet};
 
+/// Pages remembered as to be copied. Past this they are forgotten and found again.
+const MAX_FORCED: usize = 1 << 16;
+
 struct UserPage {
     offset: u64,
     map: CodeMap,
@@ -180,6 +183,9 @@ impl UserCode {
             Some(head) => head,
             None => {
                 // Shown directly until now: from here on a copy, so that its scan tells.
+                if self.forced.len() >= MAX_FORCED {
+                    self.forced.clear();
+                }
                 self.forced.insert(key);
                 self.dropped.push((before, key.1));
                 0
