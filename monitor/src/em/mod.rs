@@ -39,6 +39,8 @@ const INTERPRETER_SLICE: u32 = 2048;
 const BURST: u32 = 200;
 /// A site whose bursts met nothing this often is not tried again.
 const BURST_HOPELESS: i8 = -2;
+/// Sites whose bursts are remembered. A guest that makes more of them is forgotten and learnt anew.
+const MAX_BURST_SITES: usize = 1 << 16;
 /// Exits remembered for a dump.
 const RING: usize = 64;
 
@@ -101,6 +103,9 @@ pub struct Em {
     /// Sensitive instructions that were interpreted in bursts, so that they cost no exit.
     pub burst_hits: u64,
     ns_per_tsc: f64,
+    /// CR3 and EIP of the last #NM that was raised ahead of an FPU instruction: if the guest comes back there with
+    /// CR0.TS still set, it wants to see the instruction itself.
+    early_nm: Option<(u32, u32)>,
     stop: Option<Stop>,
     stopped: bool,
     placement: Option<Placement>,
@@ -138,6 +143,7 @@ impl Em {
             burst_scores: HashMap::new(),
             burst_hits: 0,
             ns_per_tsc,
+            early_nm: None,
             stop: None,
             stopped: false,
             placement: None,
@@ -337,13 +343,21 @@ impl Em {
             Some(_) => RawEngine::refusal(&self.cpu),
         };
         match refusal {
-            Some(RawRefusal::FpuTrap) if self.cpu.cr0 & cr0::EM == 0 => {
+            Some(RawRefusal::FpuTrap)
+                if self.cpu.cr0 & cr0::EM == 0 && self.early_nm != Some((self.cpu.cr3, self.cpu.eip)) =>
+            {
                 // The hardware's CR0.TS is not ours to set: raise the #NM a lazy-FPU kernel waits for right away.
+                self.early_nm = Some((self.cpu.cr3, self.cpu.eip));
                 self.deliver(Event::Exception(Trap::NM));
             }
             Some(reason) => self.interpret_slice(Some(reason)),
             None if self.burst.is_some() => self.interpret_burst(),
-            None => self.run_raw(),
+            None => {
+                if self.cpu.cpl == 3 {
+                    self.early_nm = None;
+                }
+                self.run_raw();
+            }
         }
     }
 
@@ -409,6 +423,9 @@ impl Em {
         if burst.left > 0 {
             self.burst = Some(burst);
             return;
+        }
+        if self.burst_scores.len() >= MAX_BURST_SITES {
+            self.burst_scores.clear();
         }
         let score = self.burst_scores.entry(burst.site).or_default();
         *score = if burst.hit { (*score + 1).min(4) } else { score.saturating_sub(1) };

@@ -1,6 +1,7 @@
 //! The one host timer: a thread that sleeps until the devices' next deadline and then gets the EMT's attention.
 
 use super::attention::Attention;
+use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ impl Ticker {
         let thread = std::thread::Builder::new().name("timer".into()).spawn({
             let (timer, stop) = (timer.clone(), stop.clone());
             move || {
-                while timer.wait().is_ok() && !stop.load(Ordering::SeqCst) {
+                while matches!(timer.wait(), Ok(()) | Err(Errno::EINTR)) && !stop.load(Ordering::SeqCst) {
                     attention.notify();
                 }
             }
