@@ -99,7 +99,16 @@ enum Miss {
 }
 
 fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Path, Miss> {
-    let pge = cpu.cr4 & cr4::PGE != 0;
+    // `rights`: R/W and U/S of all levels; `own`: D and G of the leaf's entry.
+    let leaf = |frame: u64, rights: u32, own: u32, no_execute: bool, shift: u8| Leaf {
+        frame: GuestPhys(frame),
+        writable: rights & RW != 0,
+        user: rights & US != 0,
+        no_execute,
+        dirty: own & D != 0,
+        global: cpu.cr4 & cr4::PGE != 0 && own & G != 0,
+        shift,
+    };
     if !cpu.paging() {
         let leaf = Leaf {
             frame: GuestPhys(u64::from(lin.0 & !0xfff)),
@@ -139,30 +148,14 @@ fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Resul
                 return Err(Miss::Reserved);
             }
             let base = frame(&pde) & !0x1f_ffff;
-            let leaf = Leaf {
-                frame: GuestPhys(base | u64::from(lin.0 & 0x001f_f000)),
-                writable: pde.low & RW != 0,
-                user: pde.low & US != 0,
-                no_execute: nx,
-                dirty: pde.low & D != 0,
-                global: pge && pde.low & G != 0,
-                shift: 21,
-            };
+            let leaf = leaf(base | u64::from(lin.0 & 0x001f_f000), pde.low, pde.low, nx, 21);
             return Ok(Path { leaf, parent: None, entry: Some(pde) });
         }
         let pte = read(frame(&pde), (lin.0 >> 12) & 0x1ff);
         check(&pte)?;
         nx |= pte.high >> 31 != 0;
         let both = pde.low & pte.low;
-        let leaf = Leaf {
-            frame: GuestPhys(frame(&pte)),
-            writable: both & RW != 0,
-            user: both & US != 0,
-            no_execute: nx,
-            dirty: pte.low & D != 0,
-            global: pge && pte.low & G != 0,
-            shift: 12,
-        };
+        let leaf = leaf(frame(&pte), both, pte.low, nx, 12);
         return Ok(Path { leaf, parent: Some(pde), entry: Some(pte) });
     }
     let read = |base: u32, index: u32| -> Entry {
@@ -179,15 +172,13 @@ fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Resul
             return Err(Miss::Reserved);
         }
         let high = u64::from((pde.low >> 13) & 0xf) << 32;
-        let leaf = Leaf {
-            frame: GuestPhys(high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin.0 & 0x003f_f000)),
-            writable: pde.low & RW != 0,
-            user: pde.low & US != 0,
-            no_execute: false,
-            dirty: pde.low & D != 0,
-            global: pge && pde.low & G != 0,
-            shift: 22,
-        };
+        let leaf = leaf(
+            high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin.0 & 0x003f_f000),
+            pde.low,
+            pde.low,
+            false,
+            22,
+        );
         return Ok(Path { leaf, parent: None, entry: Some(pde) });
     }
     let pte = read(pde.low & !0xfff, (lin.0 >> 12) & 0x3ff);
@@ -195,15 +186,7 @@ fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Resul
         return Err(Miss::NotPresent);
     }
     let both = pde.low & pte.low;
-    let leaf = Leaf {
-        frame: GuestPhys(u64::from(pte.low & !0xfff)),
-        writable: both & RW != 0,
-        user: both & US != 0,
-        no_execute: false,
-        dirty: pte.low & D != 0,
-        global: pge && pte.low & G != 0,
-        shift: 12,
-    };
+    let leaf = leaf(u64::from(pte.low & !0xfff), both, pte.low, false, 12);
     Ok(Path { leaf, parent: Some(pde), entry: Some(pte) })
 }
 

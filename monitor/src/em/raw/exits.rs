@@ -292,20 +292,19 @@ impl RawEngine {
             this.last = ExitRecord { cause, route: Route::Signal, eip, cpl, raw: exit };
             Ok(after)
         };
+        let refused = |this: &mut Self, code, lin: GuestLin| {
+            after(this, Cause::GuestFault, After::Deliver(Event::Exception(Trap::pf(code, lin.0))))
+        };
         let layout = self.layout;
         if error_code & pf::FETCH != 0 {
             let lin = layout.guest_of_code(WorldLin(cr2));
             let leaf = match walk(m, cpu, lin, Access::fetch(privilege)) {
                 Ok(leaf) => leaf,
                 Err(code) => {
-                    return after(
-                        self,
-                        Cause::GuestFault,
-                        After::Deliver(Event::Exception(Trap::pf(code, lin.0))),
-                    );
+                    return refused(self, code, lin);
                 }
             };
-            if !m.is_ram(leaf.frame) || layout.code(lin).0 < LOW_LIMIT {
+            if !m.is_ram(leaf.frame) || layout.code(lin).0 < LOW_LIMIT || lin.page_number() == LAST_PAGE {
                 return after(self, Cause::Mmio, After::Interpret);
             }
             if self.make_room(m, cpu, lin, supervisor)? {
@@ -342,11 +341,7 @@ impl RawEngine {
         let leaf = match walk(m, cpu, lin, access) {
             Ok(leaf) => leaf,
             Err(code) => {
-                return after(
-                    self,
-                    Cause::GuestFault,
-                    After::Deliver(Event::Exception(Trap::pf(code, lin.0))),
-                );
+                return refused(self, code, lin);
             }
         };
         if layout.data(lin).0 < LOW_LIMIT {

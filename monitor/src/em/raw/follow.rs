@@ -97,12 +97,7 @@ impl RawEngine {
     /// that are gone.
     pub(super) fn settle_code(&mut self) -> Result<(), RawError> {
         for (lin, offset) in std::mem::take(&mut self.kernel_code.new_trampolines) {
-            self.kernel.world.map(
-                self.layout.code(lin),
-                0x1000,
-                Backing::Code(offset),
-                Prot::READ | Prot::EXEC,
-            )?;
+            self.map_trampoline(lin, offset)?;
         }
         for lin in std::mem::take(&mut self.kernel_code.dropped) {
             self.kernel.drop_code(lin, &self.layout)?;

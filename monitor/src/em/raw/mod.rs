@@ -43,6 +43,8 @@ use user_code::UserCode;
 const MAX_USER_SPACES: usize = 16;
 /// Linear addresses below this are never mapped (vm.mmap_min_addr of an ordinary account).
 const LOW_LIMIT: u32 = 0x1_0000;
+/// Code in the last page is interpreted: the end of a span of it would be no 32-bit address.
+const LAST_PAGE: u32 = 0xf_ffff;
 /// Pages mapped around a faulting one where the guest has them present.
 const AROUND: u32 = 16;
 /// After so many moves the reservations stay where they are: a guest that has memory everywhere would keep us moving.

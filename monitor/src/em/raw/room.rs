@@ -9,16 +9,17 @@ impl RawEngine {
         self.kernel.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
         let pages: Vec<_> = self.kernel_code.trampoline_pages().collect();
         for (lin, offset) in pages {
-            self.kernel.world.map(
-                self.layout.code(lin),
-                0x1000,
-                Backing::Code(offset),
-                Prot::READ | Prot::EXEC,
-            )?;
+            self.map_trampoline(lin, offset)?;
         }
         self.kernel_code.new_trampolines.clear();
         self.forget_segment_cache();
         Ok(())
+    }
+
+    /// Shows a page of trampolines in the ring-0 world.
+    pub(super) fn map_trampoline(&mut self, lin: GuestLin, offset: u64) -> Result<(), WorldError> {
+        let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
+        self.kernel.world.map(at, 0x1000, Backing::Code(offset), prot)
     }
 
     pub(super) fn clear_kernel(&mut self) -> Result<(), RawError> {
