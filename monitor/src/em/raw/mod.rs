@@ -526,7 +526,8 @@ impl Drop for RawEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::tests::machine;
+    use crate::machine::tests::{machine, paged};
+    use crate::pgm::walk::PhysMemory;
     use host_driver_shim::fake::{FakeState, FakeWorld};
 
     type Script = fn(&mut FakeWorld);
@@ -590,6 +591,41 @@ mod tests {
         engine.run(&mut flat(0), &mut m, false).unwrap();
         engine.kick_target().kick();
         assert_eq!(engine.run(&mut flat(3), &mut m, false).unwrap(), After::Kicked);
+    }
+
+    const CODE: u32 = 0x2_0000;
+
+    #[test]
+    fn a_code_page_whose_frame_changed_loses_its_copy_with_the_flush_and_not_later() {
+        let script: Script = |w| {
+            w.then(|regs, _| {
+                regs.eip = CODE;
+                Ok(WorldExit::Fault { vector: 14, error_code: pf::FETCH | pf::USER, cr2: CODE })
+            });
+            for shown in [true, true, false] {
+                w.then(move |_, state| {
+                    let page = state.pages.get(&(CODE >> 12)).copied();
+                    assert_eq!(page.is_some_and(|(b, _)| matches!(b, Backing::Code(_))), shown);
+                    Ok(WorldExit::Kick)
+                });
+            }
+        };
+        let (mut engine, mut m) = (engine(&[script]), machine(1));
+        let mut cpu = flat(0);
+        let tables = paged(&m, 0x1000, 0);
+        (cpu.cr0, cpu.cr3) = (tables.cr0, tables.cr3);
+        let pte = GuestPhys(0x2000 + u64::from(CODE >> 12) * 4);
+        m.write_u32(pte, 0x8003);
+        assert_eq!(engine.run(&mut cpu, &mut m, false).unwrap(), After::Continue);
+        assert!(m.is_tracked(8));
+        engine.run(&mut cpu, &mut m, false).unwrap();
+        // A new table entry without a flush changes nothing yet.
+        m.write_u32(pte, 0x9003);
+        engine.run(&mut cpu, &mut m, false).unwrap();
+        m.paging_changed(&cpu, PagingChange::Page(GuestLin(CODE + 5)));
+        engine.run(&mut cpu, &mut m, false).unwrap();
+        assert_eq!(engine.kernel_code.frame_of(GuestLin(CODE)), None);
+        assert!(!m.is_tracked(8));
     }
 
     #[test]
