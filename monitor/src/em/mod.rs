@@ -36,9 +36,11 @@ use ticker::Ticker;
 /// Instructions interpreted in a row before the loop looks around.
 const INTERPRETER_SLICE: u32 = 2048;
 /// Instructions interpreted on after one that had to be, in the hope of meeting the next: about what an exit costs.
-const BURST: u32 = 200;
-/// A site whose bursts met nothing this often is not tried again.
-const BURST_HOPELESS: i8 = -2;
+const BURST: u32 = 256;
+/// The least a site is given that has just met another.
+const BURST_PAID: u32 = 64;
+/// A site whose budget has shrunk below this is left at once.
+const BURST_LEAST: u32 = 8;
 /// Sites whose bursts are remembered. A guest that makes more of them is forgotten and learnt anew.
 const MAX_BURST_SITES: usize = 1 << 16;
 /// Exits remembered for a dump.
@@ -68,12 +70,12 @@ pub enum Stop {
 /// Interpreting on after an exit.
 #[derive(Clone, Copy, Debug)]
 struct Burst {
-    /// The site whose exit started it.
+    /// The last instruction that was, or would have been, an exit.
     site: u32,
+    /// Instructions since then.
+    used: u32,
     /// Instructions left until it is given up.
     left: u32,
-    /// It met something that would have been an exit.
-    hit: bool,
 }
 
 /// One virtual CPU with its machine.
@@ -98,8 +100,9 @@ pub struct Em {
     exits: u64,
     open: Option<(ExitRecord, Kind, u64)>,
     burst: Option<Burst>,
-    /// For each site that is interpreted: whether interpreting on from it met another one.
-    burst_scores: HashMap<u32, i8>,
+    /// For each site that is interpreted: for how many instructions it is worth to go on from there. Twice the distance
+    /// to the next one where one was met, a quarter less where none was.
+    burst_budgets: HashMap<u32, u32>,
     /// Sensitive instructions that were interpreted in bursts, so that they cost no exit.
     pub burst_hits: u64,
     ns_per_tsc: f64,
@@ -140,7 +143,7 @@ impl Em {
             exits: 0,
             open: None,
             burst: None,
-            burst_scores: HashMap::new(),
+            burst_budgets: HashMap::new(),
             burst_hits: 0,
             ns_per_tsc,
             early_nm: None,
@@ -369,6 +372,7 @@ impl Em {
         }
         while burst.left > 0 {
             burst.left -= 1;
+            burst.used += 1;
             self.interpreted += 1;
             let start = self.cpu.eip;
             let cpl = self.cpu.cpl;
@@ -397,9 +401,11 @@ impl Em {
                 || self.m.paging_changes.len() != flushes
                 || self.m.code_writes.len() != writes
             {
-                burst.left = BURST;
-                burst.hit = true;
                 self.burst_hits += 1;
+                let paid = (2 * burst.used).max(self.budget(burst.site)).clamp(BURST_PAID, BURST);
+                self.set_budget(burst.site, paid);
+                let left = self.budget(start);
+                burst = Burst { site: start, used: 0, left };
                 let cause = if self.m.code_writes.len() != writes {
                     Cause::CodeWrite
                 } else {
@@ -410,6 +416,9 @@ impl Em {
                 if self.m.paging_changes.len() + self.m.code_writes.len() > 4096 {
                     // The engine has to follow before the lists grow without bound.
                     burst.left = 0;
+                }
+                if burst.left == 0 {
+                    return;
                 }
                 break;
             }
@@ -424,11 +433,21 @@ impl Em {
             self.burst = Some(burst);
             return;
         }
-        if self.burst_scores.len() >= MAX_BURST_SITES {
-            self.burst_scores.clear();
+        let spent = self.budget(burst.site);
+        self.set_budget(burst.site, spent - spent / 4);
+    }
+
+    /// How many instructions to interpret on from a site; 0 where that never paid.
+    fn budget(&self, site: u32) -> u32 {
+        let budget = self.burst_budgets.get(&site).copied().unwrap_or(BURST);
+        if budget < BURST_LEAST { 0 } else { budget }
+    }
+
+    fn set_budget(&mut self, site: u32, budget: u32) {
+        if self.burst_budgets.len() >= MAX_BURST_SITES {
+            self.burst_budgets.clear();
         }
-        let score = self.burst_scores.entry(burst.site).or_default();
-        *score = if burst.hit { (*score + 1).min(4) } else { score.saturating_sub(1) };
+        self.burst_budgets.insert(site, budget);
     }
 
     /// Interprets until raw mode is possible again, or for a while.
@@ -516,8 +535,9 @@ impl Em {
                 }
                 let site = self.cpu.eip;
                 self.interpret_one(&instruction);
-                if self.cpu.cpl == 0 && self.burst_scores.get(&site).is_none_or(|&s| s > BURST_HOPELESS) {
-                    self.burst = Some(Burst { site, left: BURST, hit: false });
+                let left = self.budget(site);
+                if self.cpu.cpl == 0 && left > 0 {
+                    self.burst = Some(Burst { site, used: 0, left });
                 }
             }
         }
