@@ -98,21 +98,31 @@ pub fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// `guests/compute.c`, compiled for i386.
 pub fn compute_program() -> Result<PathBuf, SkipReason> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/compute.c");
+    compiled("compute")
+}
+
+/// `guests/rows.c`, compiled for i386.
+pub fn rows_program() -> Result<PathBuf, SkipReason> {
+    compiled("rows")
+}
+
+/// `guests/NAME.c` as a static i386 program without a C library.
+fn compiled(name: &str) -> Result<PathBuf, SkipReason> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("guests/{name}.c"));
     std::fs::create_dir_all(dir()).map_err(|e| SkipReason(format!("{}: {e}", dir().display())))?;
-    let part = dir().join(format!("compute.{}.part", std::process::id()));
+    let part = dir().join(format!("{name}.{}.part", std::process::id()));
     let output = Command::new("gcc")
         .args(["-m32", "-march=i686", "-O2", "-ffreestanding", "-nostdlib", "-static"])
         .args(["-fno-stack-protector", "-fno-pic", "-no-pie", "-fno-math-errno", "-o"])
         .args([&part, &source])
         .output()
-        .map_err(|e| SkipReason(format!("no gcc to compile guests/compute.c with: {e}")))?;
+        .map_err(|e| SkipReason(format!("no gcc to compile guests/{name}.c with: {e}")))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         let line = text.lines().find(|l| l.contains("error")).or(text.lines().last()).unwrap_or("");
-        return Err(SkipReason(format!("gcc -m32 cannot compile guests/compute.c: {line}")));
+        return Err(SkipReason(format!("gcc -m32 cannot compile guests/{name}.c: {line}")));
     }
-    let path = dir().join("compute");
+    let path = dir().join(name);
     std::fs::rename(&part, &path).map_err(|e| SkipReason(format!("{}: {e}", path.display())))?;
     Ok(path)
 }

@@ -1,6 +1,7 @@
 //! Helpers shared by the behaviour tests.
 
 pub mod cache;
+pub mod chart;
 pub mod cpio;
 pub mod harness;
 pub mod hostile;
