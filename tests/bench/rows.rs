@@ -239,6 +239,10 @@ fn parse(console: &str, host_ns: f64) -> Run {
                 run.checks.insert((*name).to_owned(), (*result).to_owned());
             }
             ["CLOCK", ns] => clocks.extend(ns.parse::<f64>()),
+            // Another one means that the guest could not calibrate the time-stamp counter: its rows are not comparable.
+            ["CLOCKSOURCE", source] if *source != "tsc" => {
+                run.failures.push(format!("FAIL the guest's clock source is {source}, not tsc"));
+            }
             ["FAIL", ..] => run.failures.push(line.trim().to_owned()),
             _ => {}
         }
@@ -396,6 +400,13 @@ mod tests {
     fn a_clock_that_runs_at_another_pace_is_a_failure() {
         assert!(parse(CONSOLE, 0.9e9).failures[0].contains("clock"));
         assert!(parse("ROWS-END", 1e9).failures[0].contains("clock"));
+    }
+
+    #[test]
+    fn a_guest_that_gave_up_the_time_stamp_counter_is_a_failure() {
+        let with = |source: &str| parse(&format!("CLOCKSOURCE {source}\r\n{CONSOLE}"), 1e9);
+        assert!(with("tsc").failures.is_empty());
+        assert!(with("pit").failures[0].contains("pit"));
     }
 
     #[test]
