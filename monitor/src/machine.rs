@@ -1,7 +1,7 @@
 //! The machine around the virtual CPU: guest RAM, devices, time and policy, as the interpreter sees them ([`Env`]).
 
 use crate::cpuid_msr::{CpuPolicy, WrmsrEffect};
-use crate::cpum::{CpuState, seg};
+use crate::cpum::CpuState;
 use crate::env::{Env, PagingChange, Privilege};
 use crate::iom::Devices;
 use crate::pgm::tlb::Tlb;
@@ -300,12 +300,6 @@ impl Env for Machine {
         self.tlb.clear();
         self.paging_changes.push(change);
     }
-}
-
-/// The linear address a segment-relative offset means, for messages.
-#[must_use]
-pub fn code_linear(cpu: &CpuState) -> GuestLin {
-    GuestLin(cpu.seg[seg::CS].base.wrapping_add(cpu.eip))
 }
 
 #[cfg(test)]

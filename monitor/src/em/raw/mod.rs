@@ -343,12 +343,6 @@ impl RawEngine {
         self.kernel_code.debug_view(&self.code, GuestLin(at), len)
     }
 
-    /// The current layout.
-    #[must_use]
-    pub fn layout(&self) -> Layout {
-        self.layout
-    }
-
     /// A read counter of in-line executions by kind (0..64), as the ring-0 world counted them.
     #[must_use]
     pub fn inline_counter(&self, kind: u32) -> u32 {
