@@ -18,7 +18,7 @@ use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpK
 use monitor::cpuid_msr::CpuPolicy;
 use monitor::cpum::{CpuState, SegAttr, Segment, TableRegister, cr0, eflags, gpr, seg};
 use monitor::em::placement::Placement;
-use monitor::em::raw::{After, KickTarget, RawEngine};
+use monitor::em::raw::{After, Isolation, KickTarget, RawEngine};
 use monitor::env::Env;
 use monitor::interp::{self, Step};
 use monitor::iom::{Devices, DevicesConfig};
@@ -560,7 +560,8 @@ fn one(seed: u64, kicks: &Kicks, cpu_number: usize, tally: &mut Tally) -> Result
     theirs.write(0, &guest.memory).unwrap();
     let code = CodeMemory::new(16 << 20).unwrap();
     let host = raw::RawEngine::new(&theirs, &code, Some(cpu_number)).map_err(|e| e.to_string())?;
-    let mut raw = RawEngine::new(Box::new(host), code, r.one_in(2)).map_err(|e| e.to_string())?;
+    let mut raw =
+        RawEngine::new(Box::new(host), code, r.one_in(2), Isolation::Strict).map_err(|e| e.to_string())?;
     *kicks.target.lock().unwrap() = Some(raw.kick_target());
     let period = if hot || r.one_in(3) { 3_000 + r.below(40_000) } else { 50_000_000 };
     kicks.period.store(period, Ordering::Relaxed);

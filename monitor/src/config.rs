@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use bitflags::bitflags;
 use csam::GuestPhys;
 
+use crate::em::raw::Isolation;
+
 /// One mebibyte in bytes.
 pub const MIB: u64 = 1 << 20;
 /// Guest RAM when nothing is said, in bytes.
@@ -154,6 +156,8 @@ pub struct RunConfig {
     pub memory: u64,
     /// Which engine.
     pub engine: EngineChoice,
+    /// How the raw engine keeps the guest kernel from its users.
+    pub isolation: Isolation,
     /// A restart of the guest boots it again; otherwise it ends the run.
     pub reboot: bool,
     /// COM1..COM4.
@@ -184,6 +188,7 @@ impl Default for RunConfig {
             modules: Vec::new(),
             memory: DEFAULT_MEMORY,
             engine: EngineChoice::Auto,
+            isolation: Isolation::default(),
             reboot: false,
             serial: [
                 SerialTarget::Stdio { escape_always: false },

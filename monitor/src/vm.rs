@@ -208,5 +208,5 @@ fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngin
     let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
     let host = raw::RawEngine::new(ram, &code, Some(cpu)).map_err(|e: WorldError| e.to_string())?;
     let count_inline = config.stats || config.stats_out.is_some();
-    RawEngine::new(Box::new(host), code, count_inline).map_err(|e| e.to_string())
+    RawEngine::new(Box::new(host), code, count_inline, config.isolation).map_err(|e| e.to_string())
 }

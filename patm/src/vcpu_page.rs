@@ -56,6 +56,13 @@ pub const SCRATCH_IMAGE: u32 = 0x194;
 pub const IRET_NOWHERE: u32 = u32::MAX;
 /// Where the 64-bit gate stub keeps the guest's registers until the runtime copies them (owned by the shim). 256 bytes.
 pub const SHIM_SAVE: u32 = 0x200;
+/// The virtual CPL: 0 or 3. u32.
+pub const CPL: u32 = 0x300;
+/// For each segment register (encoding order) the host selector with which guest ring 0 sees the segment that is now
+/// loaded in it. Six u32.
+pub const HOST_RING0: u32 = 0x320;
+/// The same for guest ring 3, whose limits are truncated; 0 where ring 3 may not keep the segment. Six u32.
+pub const HOST_RING3: u32 = 0x340;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):
 /// u32 descriptor low, u32 descriptor high (as read from the guest's GDT when the monitor cached it), u32 host selector
 /// to load, u32 valid (1) or not (0). A trampoline may load a segment without leaving the world exactly when the

@@ -12,6 +12,7 @@ use crate::config::{
     self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, ModuleFile, RunConfig, SerialTarget,
     Trace,
 };
+use crate::em::raw::Isolation;
 use crate::outcome::ExitCode;
 use crate::scan::ScanOptions;
 
@@ -120,6 +121,14 @@ enum EngineArg {
     Ring1,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum IsolationArg {
+    /// By segment limits in one world: fast, stops accidents
+    Limits,
+    /// By worlds of their own: withstands hostile guest users
+    Strict,
+}
+
 #[derive(Args)]
 struct RunArgs {
     /// bzImage, ELF32 or Multiboot kernel (also -kernel FILE); the built-in guest if missing
@@ -158,6 +167,9 @@ struct RunArgs {
     /// Which engine runs guest ring 0
     #[arg(long, value_enum, default_value = "auto", overrides_with = "engine")]
     engine: EngineArg,
+    /// How the raw engine keeps the guest's kernel from its users
+    #[arg(long, value_enum, default_value = "limits", overrides_with = "isolation")]
+    isolation: IsolationArg,
     /// COM1, then COM2..COM4: stdio, mon:stdio, none, pty, file=PATH, unix=PATH [default: stdio]
     #[arg(long, value_name = "TARGET", value_parser = config::parse_serial)]
     serial: Vec<SerialTarget>,
@@ -310,6 +322,10 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
         append: args.append.unwrap_or_default(),
         modules: args.modules.iter().map(|text| module(text)).collect(),
         memory: args.memory.unwrap_or(DEFAULT_MEMORY),
+        isolation: match args.isolation {
+            IsolationArg::Limits => Isolation::Limits,
+            IsolationArg::Strict => Isolation::Strict,
+        },
         engine: match args.engine {
             EngineArg::Auto => EngineChoice::Auto,
             EngineArg::Raw => EngineChoice::Raw,

@@ -566,9 +566,8 @@ impl Em {
                 if ring0
                     && let Some(which) = loaded_segment(instruction)
                     && let Some(raw) = &mut self.raw
-                    && let Err(e) = raw.cache_segment(&self.cpu, &mut self.m, which)
                 {
-                    self.stop = Some(Stop::Host(e.to_string()));
+                    raw.cache_segment(&self.cpu, &mut self.m, which);
                 }
             }
             Step::Halted => {}
@@ -594,8 +593,8 @@ impl Em {
             self.account.set_gauge(name, *n);
         }
         if let Some(raw) = &self.raw {
-            let (users, data, code) = raw.sizes();
-            self.account.set_gauge("worlds", users as u64 + 1);
+            let (worlds, data, code) = raw.sizes();
+            self.account.set_gauge("worlds", worlds as u64);
             self.account.set_gauge("data_pages_mapped", data as u64);
             self.account.set_gauge("code_pages_mapped", code as u64);
             self.account.set_gauge("reservations_moved", raw.moves);
@@ -621,7 +620,7 @@ impl Em {
                 if counter != vp::COUNTERS_LEN - 1 {
                     let n = raw.inline_counter(counter);
                     if n != 0 {
-                        self.account.set_inline(kind.name(), u64::from(n));
+                        self.account.set_inline(kind.name(), n);
                     }
                 }
             }

@@ -56,6 +56,11 @@ impl Entry {
     pub fn global(self) -> bool {
         self.0 & Self::G != 0
     }
+    /// The guest lets users use it.
+    #[must_use]
+    pub fn user(self) -> bool {
+        self.0 & Self::US != 0
+    }
     fn large(self) -> bool {
         self.0 & Self::LARGE != 0
     }

@@ -6,11 +6,30 @@ use super::*;
 const DR6_BS: u32 = 1 << 14;
 
 impl RawEngine {
-    /// Takes the state of the ring-0 world over into the CPU and deals with the exit.
-    pub(super) fn read_back_kernel(
+    /// Takes the state of a world with guest ring 0 over into the CPU and deals with the exit.
+    pub(super) fn read_back(
         &mut self,
         cpu: &mut CpuState,
         m: &mut Machine,
+        number: usize,
+        regs: &HwRegs,
+        exit: WorldExit,
+    ) -> Result<After, RawError> {
+        if self.kernels[number].world.vcpu_read(vp::CPL) == 3 {
+            let mut expected = self.kernels[number].loaded;
+            for i in [seg::ES, seg::DS, seg::FS, seg::GS] {
+                expected[i] = self.kernels[number].world.vcpu_read(vp::HOST_RING3 + 4 * i as u32) as u16;
+            }
+            return self.read_back_user(cpu, m, Place::Kernel(number), regs, expected, exit);
+        }
+        self.read_back_kernel(cpu, m, number, regs, exit)
+    }
+
+    fn read_back_kernel(
+        &mut self,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        number: usize,
         regs: &HwRegs,
         exit: WorldExit,
     ) -> Result<After, RawError> {
@@ -31,7 +50,7 @@ impl RawEngine {
                     }
                     ReasonKind::PendingAfterPopf => cpu.eip = site.next().0,
                     ReasonKind::PendingAfterIret => {
-                        cpu.eip = self.kernel.world.vcpu_read(vp::SCRATCH_TARGET);
+                        cpu.eip = self.kernels[number].world.vcpu_read(vp::SCRATCH_TARGET);
                     }
                 },
                 None => {
@@ -43,7 +62,8 @@ impl RawEngine {
             _ => match self.kernel_code.locate(regs.eip) {
                 Location::Trampoline { fix, .. } => {
                     in_trampoline = true;
-                    cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(self.kernel.world.as_mut()));
+                    cpu.eip =
+                        fix.apply(&mut cpu.gpr, &mut flags, &mut Words(self.kernels[number].world.as_mut()));
                 }
                 Location::PatchStart(id) => {
                     // At the slot of a short jump the guest's EIP is the start of the window.
@@ -64,7 +84,7 @@ impl RawEngine {
         {
             self.kernel_code.counts.mid_instruction += 1;
         }
-        let w = &self.kernel.world;
+        let w = &self.kernels[number].world;
         let hidden = cpu.eflags & !(NATIVE_FLAGS | eflags::IF | eflags::RF);
         cpu.eflags =
             (flags & NATIVE_FLAGS) | (w.vcpu_read(vp::IF_FLAG) & eflags::IF) | hidden | eflags::FIXED;
@@ -76,28 +96,21 @@ impl RawEngine {
             cpu.shadow = Held::Sti;
         }
         for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
-            let selector = self.kernel.world.vcpu_read(vp::SELECTORS + 4 * i as u32) as u16;
-            if selector == cpu.seg[i].selector && regs.sel[i] == self.kernel.loaded[i] {
+            let selector = self.kernels[number].world.vcpu_read(vp::SELECTORS + 4 * i as u32) as u16;
+            if selector == cpu.seg[i].selector && regs.sel[i] == self.kernels[number].loaded[i] {
                 continue;
             }
             if selector & !3 == 0 && i != seg::SS {
                 cpu.seg[i] = Segment { selector, ..Segment::default() };
-                continue;
-            }
-            let cached = self.segment_cache.get(usize::from(selector >> 3)).and_then(Option::as_ref);
-            match cached {
-                Some(c) if selector & 4 == 0 && c.host == regs.sel[i] => {
-                    cpu.seg[i] = Segment { selector, ..c.segment };
-                }
-                // Rolled back between the load and its commit: the old segment is the guest's still.
-                _ if selector == cpu.seg[i].selector => {}
-                _ => {
-                    // Not what any trampoline of ours does: ask the guest's tables.
-                    if selm::load_segment(cpu, m, i, selector).is_err() {
-                        cpu.seg[i] = Segment { selector, ..Segment::default() };
-                    }
+            } else if let Some(segment) = self.segment_loaded(cpu.seg[i], selector, regs.sel[i]) {
+                cpu.seg[i] = segment;
+            } else if selector != cpu.seg[i].selector {
+                // Not what any trampoline of ours does: ask the guest's tables.
+                if selm::load_segment(cpu, m, i, selector).is_err() {
+                    cpu.seg[i] = Segment { selector, ..Segment::default() };
                 }
             }
+            // Else it was rolled back between the load and its commit: the old segment is the guest's still.
         }
         let eip = cpu.eip;
         let mut record = |cause, route| {
@@ -119,7 +132,7 @@ impl RawEngine {
                 Ok(After::Interpret)
             }
             WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, KERNEL, error_code, cr2, exit)
+                self.page_fault(cpu, m, Place::Kernel(number), error_code, cr2, exit)
             }
             WorldExit::Fault { vector: 13, .. } => {
                 if !in_trampoline {
@@ -191,13 +204,14 @@ impl RawEngine {
         Ok(if found == 0 { After::Interpret } else { After::Continue })
     }
 
-    /// Takes the state of a ring-3 world over into the CPU and deals with the exit.
+    /// Takes the state of ring 3 over into the CPU and deals with the exit. `expected`: the host selectors it was given.
     pub(super) fn read_back_user(
         &mut self,
         cpu: &mut CpuState,
         m: &mut Machine,
-        number: usize,
+        place: Place,
         regs: &HwRegs,
+        expected: [u16; 6],
         exit: WorldExit,
     ) -> Result<After, RawError> {
         // `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.
@@ -205,7 +219,7 @@ impl RawEngine {
         cpu.eflags = (cpu.eflags & !(native | eflags::RF)) | (regs.eflags & native) | eflags::FIXED;
         let mut reloaded = false;
         let (cs, eip) = (regs.sel[seg::CS], cpu.eip);
-        if cs != self.users[number - 1].loaded[seg::CS] {
+        if cs != expected[seg::CS] {
             // A far transfer to a selector behind which the host has a code segment; what has the guest there?
             self.last =
                 ExitRecord { cause: Cause::Segment, route: Route::Signal, eip, cpl: cpu.cpl, raw: exit };
@@ -216,8 +230,7 @@ impl RawEngine {
             });
         }
         for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
-            let loaded = self.users[number - 1].loaded[i];
-            if regs.sel[i] == loaded {
+            if regs.sel[i] == expected[i] {
                 continue;
             }
             // Guest code loaded the register itself; the host found something behind the number.
@@ -244,7 +257,7 @@ impl RawEngine {
             return Ok(After::Continue);
         }
         match exit {
-            WorldExit::Gate { .. } => Err(WorldError::Died("a ring-3 world used the gate".into()).into()),
+            WorldExit::Gate { .. } => Err(WorldError::Died("ring 3 used the gate".into()).into()),
             WorldExit::Kick => {
                 record(Cause::Kick);
                 Ok(After::Kicked)
@@ -255,11 +268,14 @@ impl RawEngine {
                 Ok(After::Interpret)
             }
             WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, number, error_code, cr2, exit)
+                self.page_fault(cpu, m, place, error_code, cr2, exit)
             }
             WorldExit::Fault { vector: 13, .. } => {
                 let lin = GuestLin(cpu.linear_eip());
-                let pfn = self.users[number - 1].code.get(lin);
+                let pfn = match place {
+                    Place::Kernel(i) => self.kernels[i].code.get(lin),
+                    Place::User(i) => self.users[i].code.get(lin),
+                };
                 if pfn.mapped() && self.user_code.is_unscanned(lin, pfn.pfn()) {
                     record(Cause::Scan);
                     let found = self.user_code.scan(m, cpu, &self.code, lin, pfn.pfn());
@@ -280,12 +296,13 @@ impl RawEngine {
         &mut self,
         cpu: &mut CpuState,
         m: &mut Machine,
-        number: usize,
+        place: Place,
         error_code: u32,
         cr2: u32,
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        let supervisor = number == KERNEL;
+        let supervisor = cpu.cpl != 3;
+        let kernel_world = matches!(place, Place::Kernel(_));
         let privilege = if supervisor { Privilege::Supervisor } else { Privilege::User };
         let (eip, cpl) = (cpu.eip, cpu.cpl);
         let after = |this: &mut Self, cause, after| {
@@ -307,14 +324,18 @@ impl RawEngine {
             if !m.is_ram(leaf.frame) || layout.code(lin).0 < LOW_LIMIT || lin.page_number() == LAST_PAGE {
                 return after(self, Cause::Mmio, After::Interpret);
             }
-            if self.make_room(m, cpu, lin, supervisor)? {
+            if supervisor && leaf.user && self.boundary.is_some_and(|b| lin.0 < b) {
+                // Ring 0 runs a page of its users: in a joint world that page is shown unpatched.
+                return after(self, Cause::Scan, After::Interpret);
+            }
+            if self.make_room(m, cpu, lin, kernel_world)? {
                 return after(self, Cause::Scan, After::Continue);
             }
-            if Self::hides_behind_code(m, cpu, &layout, lin, supervisor) {
+            if Self::hides_behind_code(m, cpu, &layout, lin, kernel_world) {
                 // Memory everywhere. Slow, but the guest sees its own bytes.
                 return after(self, Cause::Scan, After::Interpret);
             }
-            if supervisor {
+            if let (true, Place::Kernel(number)) = (supervisor, place) {
                 if self.approach_kernel(m, cpu, lin)? {
                     return after(self, Cause::Scan, After::Continue);
                 }
@@ -322,15 +343,15 @@ impl RawEngine {
                     self.relocate(m)?;
                     return after(self, Cause::Scan, After::Continue);
                 }
-                self.map_kernel_code(m, lin, &leaf)?;
+                self.map_kernel_code(m, number, lin, &leaf)?;
             } else {
-                self.map_user_code(m, cpu, number, lin, &leaf)?;
+                self.map_user_code(m, cpu, place, lin, &leaf)?;
             }
             return after(self, Cause::Scan, After::Continue);
         }
         let lin = layout.guest_of_data(WorldLin(cr2));
         let write = error_code & pf::WRITE != 0;
-        if supervisor && layout.reserved(lin) {
+        if kernel_world && layout.reserved(lin) {
             // The guest reached for what is ours. If it has something there we move, else it gets its fault.
             if peek(m, cpu, lin).is_some() {
                 self.relocate(m)?;
@@ -356,14 +377,14 @@ impl RawEngine {
         }
         // A code-view page of this space where the guest has data: one of them must go.
         let there = layout.code_in_place_of(lin.page_base());
-        if self.space(number).code.get(there).mapped() {
+        if self.space(place).code.get(there).mapped() {
             if there.page_base() == GuestLin(cpu.linear_eip()).page_base() {
                 self.relocate(m)?;
             } else {
-                self.space(number).drop_code(there, &layout)?;
+                self.space(place).drop_code(there, &layout)?;
             }
         }
-        self.fill(cpu, m, number, lin, leaf)?;
+        self.fill(cpu, m, place, lin, leaf)?;
         after(self, Cause::ShadowFault, After::Continue)
     }
 }

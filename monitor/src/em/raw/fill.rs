@@ -6,6 +6,7 @@ impl RawEngine {
     pub(super) fn map_kernel_code(
         &mut self,
         m: &mut Machine,
+        number: usize,
         lin: GuestLin,
         leaf: &Leaf,
     ) -> Result<(), RawError> {
@@ -13,8 +14,9 @@ impl RawEngine {
         let offset = self.kernel_page(m, lin, pfn)?;
         self.settle_code()?;
         let layout = self.layout;
-        self.kernel.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
-        self.kernel.map_code(lin, leaf, Backing::Code(offset), &layout)?;
+        let space = &mut self.kernels[number];
+        space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
+        space.map_code(lin, leaf, Backing::Code(offset), &layout)?;
         Ok(())
     }
 
@@ -22,7 +24,7 @@ impl RawEngine {
         &mut self,
         m: &mut Machine,
         cpu: &CpuState,
-        number: usize,
+        place: Place,
         lin: GuestLin,
         leaf: &Leaf,
     ) -> Result<(), RawError> {
@@ -39,15 +41,15 @@ impl RawEngine {
         };
         self.settle_code()?;
         let layout = self.layout;
-        let space = &mut self.users[number - 1];
+        let space = self.space(place);
         space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
         space.map_code(lin, leaf, backing, &layout)?;
         Ok(())
     }
 
-    /// Whether this space may map `leaf` writable now.
-    pub(super) fn host_write(&self, m: &Machine, cpu: &CpuState, number: usize, leaf: &Leaf) -> bool {
-        let allowed = leaf.writable || number == KERNEL && cpu.cr0 & cr0::WP == 0;
+    /// Whether a space may map `leaf` writable now, for ring 0 or for ring 3.
+    pub(super) fn host_write(m: &Machine, cpu: &CpuState, supervisor: bool, leaf: &Leaf) -> bool {
+        let allowed = leaf.writable || supervisor && cpu.cr0 & cr0::WP == 0;
         allowed && leaf.dirty && !m.is_tracked((leaf.frame.0 >> 12) as u32)
     }
 
@@ -56,12 +58,13 @@ impl RawEngine {
         &mut self,
         cpu: &CpuState,
         m: &mut Machine,
-        number: usize,
+        place: Place,
         lin: GuestLin,
         leaf: Leaf,
     ) -> Result<(), RawError> {
         let large = leaf.shift > 12;
-        if large && number == KERNEL {
+        let supervisor = matches!(place, Place::Kernel(_));
+        if large && supervisor {
             let region = lin.0 & !0x1f_ffff;
             let ours = |l: &Layout| {
                 let tramp = l.tramp_as_data();
@@ -73,10 +76,14 @@ impl RawEngine {
                 return self.relocate(m);
             }
         }
+        let (layout, boundary) = (self.layout, self.boundary.unwrap_or(0));
+        // The guest kernel's own memory within reach of its users: they may not run in that world any more.
+        let exposed = |at: GuestLin, l: &Leaf| supervisor && !l.user && at.0 < boundary;
         let span = if large { 512 } else { AROUND };
         let lo = lin.page_number() & !(span - 1);
         let centre = lin.page_number();
-        let layout = self.layout;
+        let space = self.space(place);
+        space.tainted |= exposed(lin, &leaf);
         let mut run: Vec<Leaf> = Vec::new();
         let mut run_at = GuestLin(0);
         let mut run_write = false;
@@ -84,9 +91,9 @@ impl RawEngine {
             let at = GuestLin(page << 12);
             let mut this = None;
             let skip = layout.data(at).0 < LOW_LIMIT
-                || page != centre && self.space(number).data.get(at).mapped()
-                || number == KERNEL && layout.reserved(at)
-                || self.space(number).code.get(layout.code_in_place_of(at)).mapped();
+                || page != centre && space.data.get(at).mapped()
+                || supervisor && layout.reserved(at)
+                || space.code.get(layout.code_in_place_of(at)).mapped();
             if !skip {
                 let l = if page == centre {
                     Some(leaf)
@@ -95,29 +102,29 @@ impl RawEngine {
                     Some(Leaf { frame: GuestPhys(leaf.frame.0.wrapping_add(delta)), ..leaf })
                 } else {
                     peek(m, cpu, at)
-                        .filter(|l| l.shift == 12 && (number == KERNEL || l.user))
+                        .filter(|l| l.shift == 12 && if supervisor { !exposed(at, l) } else { l.user })
                         .and_then(|_| prefetch(m, cpu, at))
                 };
                 this = l.filter(|l| m.is_ram(l.frame));
             }
             if let Some(l) = this {
-                let w = self.host_write(m, cpu, number, &l);
+                let w = Self::host_write(m, cpu, supervisor, &l);
                 let follows = run.last().is_some_and(|p: &Leaf| p.frame.0 + 0x1000 == l.frame.0);
                 if follows && w == run_write {
                     run.push(l);
                     continue;
                 }
-                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+                space.map_data_run(run_at, &run, run_write, &layout)?;
                 run.clear();
                 run.push(l);
                 run_at = at;
                 run_write = w;
             } else {
-                self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+                space.map_data_run(run_at, &run, run_write, &layout)?;
                 run.clear();
             }
         }
-        self.space(number).map_data_run(run_at, &run, run_write, &layout)?;
+        space.map_data_run(run_at, &run, run_write, &layout)?;
         Ok(())
     }
 }

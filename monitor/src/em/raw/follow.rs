@@ -29,41 +29,45 @@ impl RawEngine {
                         | (cpu.msr.efer as u32 & crate::cpum::efer::NXE as u32);
                     if key != self.paging_key {
                         self.paging_key = key;
-                        self.clear_kernel()?;
-                        for space in &mut self.users {
-                            space.clear()?;
-                        }
+                        self.clear_all()?;
                         let copied = self.kernel_code.copied_pages();
                         self.forget_code_of_other_frames(m, cpu, &copied)?;
                     } else {
-                        let gone = self.kernel.sync(m, cpu, Scope::All, &self.layout)?;
-                        self.forget_code_of_other_frames(m, cpu, &gone)?;
-                        for space in &mut self.users {
+                        for space in self.spaces() {
                             space.pending_sync = Some(Scope::All);
                         }
                     }
                 }
                 PagingChange::Cr3 => {
-                    let gone = self.kernel.sync(m, cpu, Scope::NonGlobal, &self.layout)?;
-                    self.forget_code_of_other_frames(m, cpu, &gone)?;
-                    for space in &mut self.users {
-                        if space.role == (Role::User { cr3: cpu.cr3 }) && space.pending_sync.is_none() {
+                    for space in self.spaces() {
+                        let concerned = match space.role {
+                            Role::Supervisor => true,
+                            Role::Joint { cr3 } | Role::User { cr3 } => cr3 == cpu.cr3,
+                        };
+                        if concerned && space.pending_sync.is_none() {
                             space.pending_sync = Some(Scope::NonGlobal);
                         }
                     }
                 }
                 PagingChange::Page(lin) => {
-                    let gone = self.kernel.invalidate(lin, &self.layout)?;
-                    self.forget_code_of_other_frames(m, cpu, &gone)?;
-                    for space in &mut self.users {
-                        // Other address spaces are flushed when CR3 is loaded with them, except for global pages.
-                        if space.role == (Role::User { cr3: cpu.cr3 })
-                            || space.data.get(lin).global()
-                            || space.code.get(lin).global()
-                        {
-                            space.invalidate(lin, &self.layout)?;
+                    let layout = self.layout;
+                    let mut gone = Vec::new();
+                    for space in self.kernels.iter_mut().chain(&mut self.users) {
+                        let concerned = match space.role {
+                            Role::Supervisor => true,
+                            // Other address spaces are flushed when CR3 is loaded with them, except for global pages.
+                            Role::Joint { cr3 } | Role::User { cr3 } => {
+                                cr3 == cpu.cr3 || space.data.get(lin).global() || space.code.get(lin).global()
+                            }
+                        };
+                        if concerned {
+                            let dropped = space.invalidate(lin, &layout)?;
+                            if space.supervisor() {
+                                gone.extend(dropped);
+                            }
                         }
                     }
+                    self.forget_code_of_other_frames(m, cpu, &gone)?;
                 }
             }
         }
@@ -75,7 +79,7 @@ impl RawEngine {
 
     /// Some pages left the ring-0 code view. Where another frame is now (or none), the copy goes at once and not when the
     /// page is executed again: an instruction or a patch of the page before may reach into it.
-    fn forget_code_of_other_frames(
+    pub(super) fn forget_code_of_other_frames(
         &mut self,
         m: &mut Machine,
         cpu: &CpuState,
@@ -100,22 +104,27 @@ impl RawEngine {
             self.map_trampoline(lin, offset)?;
         }
         for lin in std::mem::take(&mut self.kernel_code.dropped) {
-            self.kernel.drop_code(lin, &self.layout)?;
+            let layout = self.layout;
+            for space in &mut self.kernels {
+                space.drop_code(lin, &layout)?;
+            }
         }
         for pfn in std::mem::take(&mut self.kernel_code.newly_tracked)
             .into_iter()
             .chain(std::mem::take(&mut self.user_code.newly_tracked))
         {
-            for space in std::iter::once(&mut self.kernel).chain(&mut self.users) {
+            let layout = self.layout;
+            for space in self.spaces() {
                 for lin in space.data.take_writable(pfn) {
-                    space.drop_data(lin, &self.layout)?;
+                    space.drop_data(lin, &layout)?;
                 }
             }
         }
         for (lin, pfn) in std::mem::take(&mut self.user_code.dropped) {
-            for space in &mut self.users {
+            let layout = self.layout;
+            for space in self.spaces().filter(|s| s.role != Role::Supervisor) {
                 if space.code.get(lin).mapped() && space.code.get(lin).pfn() == pfn {
-                    space.drop_code(lin, &self.layout)?;
+                    space.drop_code(lin, &layout)?;
                 }
             }
         }

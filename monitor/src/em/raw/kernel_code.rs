@@ -169,6 +169,12 @@ impl KernelCode {
         self.pages.get(&lin.page_number()).map(|p| p.pfn)
     }
 
+    /// The code memory of the copy of `lin`'s page, if it was made of frame `pfn`.
+    #[must_use]
+    pub fn copy_of(&self, lin: GuestLin, pfn: u32) -> Option<u64> {
+        self.pages.get(&lin.page_number()).filter(|p| p.pfn == pfn).map(|p| p.offset)
+    }
+
     /// The pages that have copies.
     #[must_use]
     pub fn copied_pages(&self) -> Vec<GuestLin> {

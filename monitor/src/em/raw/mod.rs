@@ -2,8 +2,7 @@
 //!
 //! 1. [`RawEngine::refusal`] says whether the CPU is in a state raw mode can carry, and if not, why.
 //! 2. [`RawEngine::run`] follows what the guest changed since the last run (flushes, code writes), picks the space
-//!    (one for guest ring 0, one for each hot CR3 of guest ring 3), loads the hardware state, runs, reads it back and
-//!    turns an EIP inside a trampoline into a guest EIP.
+//!    (`joint.rs`), loads the hardware state, runs, reads it back and turns an EIP inside a trampoline into a guest EIP.
 //! 3. The exit is then dealt with here if it is about the shadow or the code view; the rest is told to EM as
 //!    [`After`].
 //!
@@ -12,6 +11,7 @@
 mod exits;
 mod fill;
 mod follow;
+mod joint;
 pub mod kernel_code;
 pub mod layout;
 mod room;
@@ -32,10 +32,11 @@ use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::raw;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{Backing, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
+pub use joint::Isolation;
 use kernel_code::KernelCode;
 use layout::{Layout, TRAMP_LEN};
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
-use space::{Role, Space};
+use space::{Descriptors, Role, Space};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
 
@@ -184,9 +185,30 @@ impl KickTarget {
     }
 }
 
+/// An entry of the segment cache of all vCPU pages, as it was last changed.
+#[derive(Default)]
+struct CacheSlot {
+    version: u64,
+    entry: Option<CachedSegment>,
+}
+
 struct CachedSegment {
     segment: Segment,
+    /// Host selector for ring 0.
     host: u16,
+    /// Host selector for ring 3 of a joint world; 0: ring 3 may not have it.
+    host_ring3: u16,
+    /// The guest's descriptor, low and high half.
+    bytes: [u32; 2],
+}
+
+/// Names a space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// One that guest ring 0 runs in (and ring 3, if it is a joint one).
+    Kernel(usize),
+    /// One for guest ring 3 alone.
+    User(usize),
 }
 
 /// Where worlds come from.
@@ -214,22 +236,27 @@ pub struct RawEngine {
     layouts_tried: usize,
     /// Highest byte of the addresses the guest's kernel runs at, once it does.
     code_top: Option<u8>,
-    kernel: Space,
+    isolation: Isolation,
+    /// Worlds of guest ring 0, at least one: the only one, or one for each hot CR3.
+    kernels: Vec<Space>,
+    /// Worlds of guest ring 3 alone.
     users: Vec<Space>,
+    /// Where the limits of the segments of ring 3 end in joint worlds, once ring 3 has run; a guest linear address.
+    boundary: Option<u32>,
+    descriptors: Descriptors,
     clock: u64,
     /// The ring-0 code view.
     pub kernel_code: KernelCode,
     /// Copied pages of ring-3 code.
     pub user_code: UserCode,
-    segment_cache: Vec<Option<CachedSegment>>,
+    segment_cache: Vec<CacheSlot>,
+    cache_version: u64,
     cache_generation: u32,
-    /// The CS and GDT for which the vCPU page says where `iret` may go in line; None: for none.
-    iret_key: Option<(Segment, u32, u16)>,
     kick: Arc<KickTarget>,
-    kicking: Option<usize>,
+    kicking: Option<Place>,
     paging_key: u32,
     /// Which space's world has the guest's newest FPU state; None: CPUM has it.
-    fpu_in: Option<usize>,
+    fpu_in: Option<Place>,
     last: ExitRecord,
     /// TSC when the last run entered the world and when it left.
     last_run: (u64, u64),
@@ -249,12 +276,14 @@ impl VcpuWords for Words<'_> {
     }
 }
 
-/// Index of the ring-0 space where spaces are numbered; ring-3 spaces follow.
-const KERNEL: usize = 0;
-
 impl RawEngine {
-    /// Makes the ring-0 world.
-    pub fn new(host: Box<dyn Worlds>, code: CodeMemory, count_inline: bool) -> Result<RawEngine, RawError> {
+    /// Makes the first ring-0 world.
+    pub fn new(
+        host: Box<dyn Worlds>,
+        code: CodeMemory,
+        count_inline: bool,
+        isolation: Isolation,
+    ) -> Result<RawEngine, RawError> {
         let layout = Layout::CANDIDATES[0];
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
         let mut engine = RawEngine {
@@ -263,14 +292,17 @@ impl RawEngine {
             layout,
             layouts_tried: 1,
             code_top: None,
-            kernel,
+            isolation,
+            kernels: vec![kernel],
             users: Vec::new(),
+            boundary: None,
+            descriptors: Descriptors::default(),
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline),
             user_code: UserCode::default(),
-            segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| None).collect(),
+            segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| CacheSlot::default()).collect(),
+            cache_version: 0,
             cache_generation: 0,
-            iret_key: None,
             kick: Arc::default(),
             kicking: None,
             paging_key: 0,
@@ -285,7 +317,7 @@ impl RawEngine {
             last_run: (0, 0),
             moves: 0,
         };
-        engine.furnish_kernel()?;
+        engine.furnish(0)?;
         Ok(engine)
     }
 
@@ -310,26 +342,27 @@ impl RawEngine {
     /// Moves every world to a host CPU.
     pub fn pin(&mut self, cpu: usize) -> Result<(), RawError> {
         self.host.set_cpu(cpu);
-        for space in std::iter::once(&mut self.kernel).chain(&mut self.users) {
+        for space in self.kernels.iter_mut().chain(&mut self.users) {
             space.world.pin(cpu)?;
         }
         Ok(())
     }
 
-    /// Number of ring-3 spaces, data pages mapped, code-view pages mapped.
+    /// Number of spaces, data pages mapped, code-view pages mapped.
     #[must_use]
     pub fn sizes(&self) -> (usize, usize, usize) {
-        let all = || std::iter::once(&self.kernel).chain(&self.users);
-        (self.users.len(), all().map(|s| s.data.len()).sum(), all().map(|s| s.code.len()).sum())
+        let all = || self.kernels.iter().chain(&self.users);
+        (all().count(), all().map(|s| s.data.len()).sum(), all().map(|s| s.code.len()).sum())
     }
 
     /// One line per world.
     #[must_use]
     pub fn describe_worlds(&self) -> String {
         let mut text = String::new();
-        for s in std::iter::once(&self.kernel).chain(&self.users) {
+        for s in self.kernels.iter().chain(&self.users) {
             let who = match s.role {
                 Role::Supervisor => "ring 0".to_string(),
+                Role::Joint { cr3 } => format!("all rings of cr3 {cr3:08x}"),
                 Role::User { cr3 } => format!("ring 3 of cr3 {cr3:08x}"),
             };
             text += &format!("{who}: {} data pages, {} code pages\n", s.data.len(), s.code.len());
@@ -343,10 +376,11 @@ impl RawEngine {
         self.kernel_code.debug_view(&self.code, GuestLin(at), len)
     }
 
-    /// A read counter of in-line executions by kind (0..64), as the ring-0 world counted them.
+    /// A counter of in-line executions by kind (0..64), as the ring-0 worlds counted them.
     #[must_use]
-    pub fn inline_counter(&self, kind: u32) -> u32 {
-        self.kernel.world.vcpu_read(vp::COUNTERS + 4 * (kind & 63))
+    pub fn inline_counter(&self, kind: u32) -> u64 {
+        let at = vp::COUNTERS + 4 * (kind & 63);
+        self.kernels.iter().map(|s| u64::from(s.world.vcpu_read(at))).sum()
     }
 
     /// Why the CPU's state is not for raw mode, if it is not.
@@ -396,38 +430,21 @@ impl RawEngine {
         }
     }
 
-    /// The number of the space the CPU's next instruction runs in.
-    fn choose_space(&mut self, cpu: &CpuState) -> Result<usize, RawError> {
-        if cpu.cpl != 3 {
-            return Ok(KERNEL);
+    fn space(&mut self, place: Place) -> &mut Space {
+        match place {
+            Place::Kernel(i) => &mut self.kernels[i],
+            Place::User(i) => &mut self.users[i],
         }
-        self.clock += 1;
-        let role = Role::User { cr3: cpu.cr3 };
-        if let Some(i) = self.users.iter().position(|s| s.role == role) {
-            self.users[i].last_used = self.clock;
-            return Ok(i + 1);
-        }
-        let i = if self.users.len() < MAX_USER_SPACES {
-            self.users.push(Space::new(self.host.spawn()?, role));
-            self.users.len() - 1
-        } else {
-            let oldest = (0..self.users.len()).min_by_key(|&i| self.users[i].last_used).unwrap_or(0);
-            self.users[oldest].clear()?;
-            self.users[oldest].role = role;
-            oldest
-        };
-        self.users[i].last_used = self.clock;
-        Ok(i + 1)
     }
 
-    fn space(&mut self, number: usize) -> &mut Space {
-        if number == KERNEL { &mut self.kernel } else { &mut self.users[number - 1] }
+    fn spaces(&mut self) -> impl Iterator<Item = &mut Space> {
+        self.kernels.iter_mut().chain(&mut self.users)
     }
 
     /// Brings the guest's FPU state into CPUM, whose copy counts from here to the next run.
     pub fn fetch_fpu(&mut self, cpu: &mut CpuState) {
-        if let Some(number) = self.fpu_in.take() {
-            cpu.fpu.0 = *self.space(number).world.fpu();
+        if let Some(place) = self.fpu_in.take() {
+            cpu.fpu.0 = *self.space(place).world.fpu();
         }
     }
 
@@ -439,37 +456,38 @@ impl RawEngine {
         interrupt_waits: bool,
     ) -> Result<After, RawError> {
         self.follow_changes(m, cpu)?;
-        let number = self.choose_space(cpu)?;
-        if self.kicking != Some(number) {
-            let kicker = self.space(number).world.kicker();
+        let place = self.choose_space(cpu, m)?;
+        if self.kicking != Some(place) {
+            let kicker = self.space(place).world.kicker();
             self.kick.set(Some(kicker));
-            self.kicking = Some(number);
+            self.kicking = Some(place);
         }
-        let layout = self.layout;
-        if number != KERNEL
-            && let Some(scope) = self.users[number - 1].pending_sync.take()
-        {
-            self.users[number - 1].sync(m, cpu, scope, &layout)?;
-        }
-        let sel = self.space(number).host_selectors(&cpu.seg, &layout)?;
+        self.catch_up(place, cpu, m)?;
+        let below = self.boundary.filter(|_| cpu.cpl == 3 && matches!(place, Place::Kernel(_)));
+        let sel = self.descriptors.selectors(&cpu.seg, &self.layout, below);
         let mut regs = HwRegs { gpr: cpu.gpr, eip: cpu.eip, eflags: 0, sel };
-        if number == KERNEL {
-            if self.cache_generation != self.kernel.ldt_generation {
-                self.forget_segment_cache();
-            }
+        if cpu.cpl == 3 {
+            regs.eflags = (cpu.eflags & USER_FLAGS & !eflags::AC) | eflags::FIXED | eflags::IF;
+        } else {
             regs.eip = self.kernel_code.patm.resume_eip(cpu.eip);
             regs.eflags = (cpu.eflags & NATIVE_FLAGS) | eflags::FIXED | eflags::IF;
-            self.load_vcpu_page(cpu, interrupt_waits);
-            self.allow_iret(cpu, m);
-        } else {
-            regs.eflags = (cpu.eflags & USER_FLAGS & !eflags::AC) | eflags::FIXED | eflags::IF;
         }
-        if self.fpu_in != Some(number) {
+        if let Place::Kernel(number) = place {
+            self.load_vcpu_page(number, cpu, m, interrupt_waits)?;
+        }
+        if self.fpu_in != Some(place) {
             self.fetch_fpu(cpu);
-            *self.space(number).world.fpu() = cpu.fpu.0;
-            self.fpu_in = Some(number);
+            *self.space(place).world.fpu() = cpu.fpu.0;
+            self.fpu_in = Some(place);
         }
-        let space = self.space(number);
+        let descriptors = &self.descriptors;
+        let space = match place {
+            Place::Kernel(i) => &mut self.kernels[i],
+            Place::User(i) => &mut self.users[i],
+        };
+        for selector in sel {
+            space.install(descriptors, selector)?;
+        }
         let entered = host_tsc();
         let exit = space.run(&mut regs);
         self.last_run = (entered, host_tsc());
@@ -486,20 +504,58 @@ impl RawEngine {
         }
         cpu.gpr = regs.gpr;
         cpu.eip = regs.eip;
-        if number == KERNEL {
-            self.read_back_kernel(cpu, m, &regs, exit)
-        } else {
-            self.read_back_user(cpu, m, number, &regs, exit)
+        match place {
+            Place::Kernel(number) => self.read_back(cpu, m, number, &regs, exit),
+            Place::User(number) => {
+                let expected = self.users[number].loaded;
+                self.read_back_user(cpu, m, place, &regs, expected, exit)
+            }
         }
     }
 
-    fn load_vcpu_page(&mut self, cpu: &CpuState, interrupt_waits: bool) {
-        let w = &mut self.kernel.world;
+    /// Follows the flush that a space has missed.
+    fn catch_up(&mut self, place: Place, cpu: &CpuState, m: &mut Machine) -> Result<(), RawError> {
+        let layout = self.layout;
+        let space = self.space(place);
+        let Some(scope) = space.pending_sync.take() else { return Ok(()) };
+        let gone = space.sync(m, cpu, scope, &layout)?;
+        match place {
+            Place::Kernel(_) => self.forget_code_of_other_frames(m, cpu, &gone),
+            Place::User(_) => Ok(()),
+        }
+    }
+
+    fn load_vcpu_page(
+        &mut self,
+        number: usize,
+        cpu: &CpuState,
+        m: &mut Machine,
+        interrupt_waits: bool,
+    ) -> Result<(), RawError> {
+        let (mut ring0, mut ring3) = ([0u16; 6], [0u16; 6]);
+        if self.boundary.is_some() {
+            for (i, s) in cpu.seg.iter().enumerate().filter(|(i, _)| *i != seg::CS) {
+                ring0[i] = self.descriptors.selector(s, false, &self.layout, None);
+                ring3[i] = self.ring3_selector(s);
+            }
+            for selector in ring0.into_iter().chain(ring3) {
+                self.kernels[number].install(&self.descriptors, selector)?;
+            }
+        }
+        self.publish_segment_cache(number)?;
+        if cpu.cpl == 0 {
+            self.publish_code_segment(number, cpu, m);
+        }
+        let w = &mut self.kernels[number].world;
+        w.vcpu_write(vp::CPL, u32::from(cpu.cpl));
         w.vcpu_write(vp::IF_FLAG, cpu.eflags & eflags::IF);
         w.vcpu_write(vp::PENDING, u32::from(interrupt_waits));
         w.vcpu_write(vp::HIDDEN_FLAGS, cpu.eflags & (eflags::IOPL | eflags::NT | eflags::AC | eflags::ID));
         for (i, s) in cpu.seg.iter().enumerate() {
-            w.vcpu_write(vp::SELECTORS + 4 * i as u32, u32::from(s.selector));
+            let at = 4 * i as u32;
+            w.vcpu_write(vp::SELECTORS + at, u32::from(s.selector));
+            w.vcpu_write(vp::HOST_RING0 + at, u32::from(ring0[i]));
+            w.vcpu_write(vp::HOST_RING3 + at, u32::from(ring3[i]));
         }
         w.vcpu_write(vp::CR0, cpu.cr0);
         w.vcpu_write(vp::CR2, cpu.cr2);
@@ -507,6 +563,7 @@ impl RawEngine {
         w.vcpu_write(vp::CR4, cpu.cr4);
         w.vcpu_write(vp::GDT_BASE, cpu.gdtr.base);
         w.vcpu_write(vp::GDT_LIMIT, u32::from(cpu.gdtr.limit));
+        Ok(())
     }
 }
 
@@ -542,7 +599,7 @@ mod tests {
 
     fn engine(scripts: &[Script]) -> RawEngine {
         let code = CodeMemory::new(1 << 20).unwrap();
-        RawEngine::new(Box::new(Fakes(Mutex::new(scripts.to_vec()))), code, false).unwrap()
+        RawEngine::new(Box::new(Fakes(Mutex::new(scripts.to_vec()))), code, false, Isolation::Strict).unwrap()
     }
 
     /// 32-bit protected mode without paging, everything flat.

@@ -3,28 +3,39 @@
 use super::*;
 
 impl RawEngine {
-    /// Puts the vCPU page, the gate and the trampolines into the ring-0 world.
-    pub(super) fn furnish_kernel(&mut self) -> Result<(), RawError> {
+    /// Puts the vCPU page, the gate and the trampolines into a ring-0 world.
+    pub(super) fn furnish(&mut self, number: usize) -> Result<(), RawError> {
         let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
-        self.kernel.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
-        let pages: Vec<_> = self.kernel_code.trampoline_pages().collect();
-        for (lin, offset) in pages {
-            self.map_trampoline(lin, offset)?;
+        let world = &mut self.kernels[number].world;
+        world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
+        for (lin, offset) in self.kernel_code.trampoline_pages() {
+            let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
+            world.map(at, 0x1000, Backing::Code(offset), prot)?;
         }
-        self.kernel_code.new_trampolines.clear();
-        self.forget_segment_cache();
         Ok(())
     }
 
-    /// Shows a page of trampolines in the ring-0 world.
+    /// Shows a page of trampolines in the ring-0 worlds.
     pub(super) fn map_trampoline(&mut self, lin: GuestLin, offset: u64) -> Result<(), WorldError> {
         let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
-        self.kernel.world.map(at, 0x1000, Backing::Code(offset), prot)
+        for space in &mut self.kernels {
+            space.world.map(at, 0x1000, Backing::Code(offset), prot)?;
+        }
+        Ok(())
     }
 
-    pub(super) fn clear_kernel(&mut self) -> Result<(), RawError> {
-        self.kernel.clear()?;
-        self.furnish_kernel()
+    /// Empties every world.
+    pub(super) fn clear_all(&mut self) -> Result<(), RawError> {
+        for space in self.spaces() {
+            space.clear()?;
+        }
+        for i in 0..self.kernels.len() {
+            self.furnish(i)?;
+        }
+        self.kernel_code.new_trampolines.clear();
+        self.boundary = None;
+        self.forget_segment_cache();
+        Ok(())
     }
 
     /// Moves every reservation: the guest wants addresses we sit on.
@@ -34,10 +45,7 @@ impl RawEngine {
         self.moves += 1;
         log::info!("reservations move to {:x?}", self.layout);
         self.kernel_code.reset(m, &self.code, self.layout);
-        for space in &mut self.users {
-            space.clear()?;
-        }
-        self.clear_kernel()
+        self.clear_all()
     }
 
     /// Whether a world laid out so would hide guest memory: behind the code view of `code`, or (in the ring-0 world)
@@ -96,10 +104,7 @@ impl RawEngine {
         log::info!("code memory is used up: all copies are made anew");
         self.kernel_code.reset(m, &self.code, self.layout);
         self.user_code.reset(m, &self.code);
-        for space in &mut self.users {
-            space.clear()?;
-        }
-        self.clear_kernel()
+        self.clear_all()
     }
 
     /// The code memory of the copy of a ring-0 page.

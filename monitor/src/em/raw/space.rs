@@ -1,6 +1,7 @@
 //! One world with what the monitor knows of it: both shadow views and the descriptors installed.
 
 use super::layout::Layout;
+use super::segments::Published;
 use crate::cpum::CpuState;
 use crate::cpum::{SegAttr, Segment, seg};
 use crate::machine::Machine;
@@ -22,13 +23,112 @@ const MAX_SMALL_MAPPINGS: usize = 24_000;
 /// What a space is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// Guest rings 0: supervisor rights, scanned code, vCPU page and trampolines.
+    /// Guest ring 0, in every address space: supervisor rights, scanned code, vCPU page and trampolines.
     Supervisor,
+    /// Guest ring 0 and ring 3 of the address space with this CR3, kept apart by segment limits.
+    Joint {
+        /// Guest CR3.
+        cr3: u32,
+    },
     /// Guest ring 3 of the address space with this CR3: user pages only.
     User {
         /// Guest CR3.
         cr3: u32,
     },
+}
+
+/// The descriptors worlds have in their host LDT: one numbering for all worlds of a guest, so that selectors may go from
+/// one to another. A world is given a descriptor when it first needs it ([`Space::install`]).
+#[derive(Default)]
+pub struct Descriptors {
+    slots: HashMap<HostSegment, u16>,
+    contents: Vec<HostSegment>,
+    /// Counts how often the numbering was started afresh; selectors of an older one are void.
+    pub generation: u32,
+}
+
+impl Descriptors {
+    /// The selector of an LDT descriptor with this content.
+    fn slot(&mut self, segment: HostSegment) -> u16 {
+        if let Some(&s) = self.slots.get(&segment) {
+            return s << 3 | 7;
+        }
+        if usize::from(LAST_SLOT - FIRST_SLOT) <= self.contents.len() {
+            self.slots.clear();
+            self.contents.clear();
+            self.generation += 1;
+        }
+        let slot = FIRST_SLOT + self.contents.len() as u16;
+        self.contents.push(segment);
+        self.slots.insert(segment, slot);
+        slot << 3 | 7
+    }
+
+    /// What the slot of a selector holds, with the slot's index among ours.
+    fn content(&self, selector: u16) -> Option<(usize, HostSegment)> {
+        if selector & 4 == 0 {
+            return None;
+        }
+        let index = usize::from((selector >> 3).checked_sub(FIRST_SLOT)?);
+        self.contents.get(index).map(|c| (index, *c))
+    }
+
+    /// The host selector that gives the hardware what the guest's hidden segment state says. With `below`, no byte from
+    /// that guest linear address on can be reached through it if its base is 0; segments with another base (thread-local
+    /// storage, addressed with negative offsets) stay whole.
+    pub fn selector(&mut self, seg: &Segment, is_cs: bool, layout: &Layout, below: Option<u32>) -> u16 {
+        if !seg.present() {
+            return 0;
+        }
+        let limit = match below {
+            Some(end) if seg.base == 0 => seg.limit.min(end.wrapping_sub(1)),
+            _ => seg.limit,
+        };
+        let pages = limit > 0xf_ffff;
+        let limit_field = if pages { limit >> 12 } else { limit };
+        if is_cs {
+            if seg.base == 0 && limit == u32::MAX && seg.big() {
+                return HOST_CODE32;
+            }
+            return self.slot(HostSegment {
+                base: seg.base,
+                limit: limit_field,
+                limit_in_pages: pages,
+                code: true,
+                big: seg.big(),
+                expand_down: false,
+                rw: true,
+            });
+        }
+        let code = seg.attr.contains(SegAttr::CODE);
+        let rw = code || seg.attr.contains(SegAttr::RW);
+        let expand_down = !code && seg.attr.contains(SegAttr::EXPAND_DOWN);
+        // A readable code segment as data: a read-only data descriptor does the same.
+        self.slot(HostSegment {
+            base: seg.base.wrapping_add(layout.delta),
+            limit: limit_field,
+            limit_in_pages: pages,
+            code: false,
+            big: seg.big(),
+            expand_down,
+            rw: !code && rw,
+        })
+    }
+
+    /// Host selectors for all segment registers, in encoding order.
+    pub fn selectors(&mut self, segments: &[Segment; 6], layout: &Layout, below: Option<u32>) -> [u16; 6] {
+        loop {
+            let generation = self.generation;
+            let mut selectors = [0; 6];
+            for (i, (s, out)) in segments.iter().zip(&mut selectors).enumerate() {
+                *out = self.selector(s, i == seg::CS, layout, below);
+            }
+            // If the numbering was started afresh on the way, the first ones are old. A new one has room.
+            if generation == self.generation {
+                return selectors;
+            }
+        }
+    }
 }
 
 /// A world and its shadow.
@@ -47,10 +147,15 @@ pub struct Space {
     pub last_used: u64,
     /// Selectors loaded at the last start, in encoding order.
     pub loaded: [u16; 6],
-    slots: HashMap<HostSegment, u16>,
-    contents: Vec<HostSegment>,
-    /// Counts how often the LDT was started afresh; cached selectors of an older one are void.
-    pub ldt_generation: u32,
+    /// A joint space shows a page of the guest kernel below the limit of its users' segments: they may not run here.
+    pub tainted: bool,
+    /// What its vCPU page says of ring transitions.
+    pub published: Option<Published>,
+    /// The version of the segment cache its vCPU page has.
+    pub cache_version: u64,
+    /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
+    installed: Vec<u64>,
+    installed_generation: u32,
 }
 
 impl Space {
@@ -64,82 +169,36 @@ impl Space {
             pending_sync: None,
             last_used: 0,
             loaded: [0; 6],
-            slots: HashMap::new(),
-            contents: Vec::new(),
-            ldt_generation: 0,
+            tainted: false,
+            published: None,
+            cache_version: 0,
+            installed: Vec::new(),
+            installed_generation: 0,
         }
     }
 
-    /// The selector of an LDT descriptor with this content.
-    fn slot(&mut self, segment: HostSegment) -> Result<u16, WorldError> {
-        if let Some(&s) = self.slots.get(&segment) {
-            return Ok(s << 3 | 7);
-        }
-        if usize::from(LAST_SLOT - FIRST_SLOT) <= self.contents.len() {
-            self.slots.clear();
-            self.contents.clear();
-            self.ldt_generation += 1;
-        }
-        let slot = FIRST_SLOT + self.contents.len() as u16;
-        self.world.set_segment(slot, segment)?;
-        self.contents.push(segment);
-        self.slots.insert(segment, slot);
-        Ok(slot << 3 | 7)
+    /// Guest ring 0 runs here.
+    #[must_use]
+    pub fn supervisor(&self) -> bool {
+        !matches!(self.role, Role::User { .. })
     }
 
-    /// The host selector that gives the hardware what the guest's hidden segment state says.
-    pub fn host_selector(&mut self, seg: &Segment, is_cs: bool, layout: &Layout) -> Result<u16, WorldError> {
-        if !seg.present() {
-            return Ok(0);
+    /// Sees to it that the world's LDT has the descriptor of `selector`.
+    pub fn install(&mut self, descriptors: &Descriptors, selector: u16) -> Result<(), WorldError> {
+        let Some((index, content)) = descriptors.content(selector) else { return Ok(()) };
+        if self.installed_generation != descriptors.generation {
+            self.installed.clear();
+            self.installed_generation = descriptors.generation;
         }
-        if is_cs {
-            if seg.base == 0 && seg.limit == u32::MAX && seg.big() {
-                return Ok(HOST_CODE32);
-            }
-            let pages = seg.limit > 0xf_ffff;
-            return self.slot(HostSegment {
-                base: seg.base,
-                limit: if pages { seg.limit >> 12 } else { seg.limit },
-                limit_in_pages: pages,
-                code: true,
-                big: seg.big(),
-                expand_down: false,
-                rw: true,
-            });
+        let (word, bit) = (index / 64, 1u64 << (index % 64));
+        if self.installed.len() <= word {
+            self.installed.resize(word + 1, 0);
         }
-        let code = seg.attr.contains(SegAttr::CODE);
-        let rw = code || seg.attr.contains(SegAttr::RW);
-        let expand_down = !code && seg.attr.contains(SegAttr::EXPAND_DOWN);
-        let pages = seg.limit > 0xf_ffff;
-        // A readable code segment as data: a read-only data descriptor does the same.
-        self.slot(HostSegment {
-            base: seg.base.wrapping_add(layout.delta),
-            limit: if pages { seg.limit >> 12 } else { seg.limit },
-            limit_in_pages: pages,
-            code: false,
-            big: seg.big(),
-            expand_down,
-            rw: !code && rw,
-        })
-    }
-
-    /// Host selectors for all segment registers, in encoding order.
-    pub fn host_selectors(
-        &mut self,
-        segments: &[Segment; 6],
-        layout: &Layout,
-    ) -> Result<[u16; 6], WorldError> {
-        loop {
-            let generation = self.ldt_generation;
-            let mut selectors = [0; 6];
-            for (i, (s, out)) in segments.iter().zip(&mut selectors).enumerate() {
-                *out = self.host_selector(s, i == seg::CS, layout)?;
-            }
-            // If the LDT was started afresh on the way, the first ones are those of the old one. A new one has room.
-            if generation == self.ldt_generation {
-                return Ok(selectors);
-            }
+        if self.installed[word] & bit == 0 {
+            self.installed[word] |= bit;
+            self.world.set_segment(FIRST_SLOT + index as u16, content)?;
         }
+        Ok(())
     }
 
     /// Forgets all mappings, here and in the world.
@@ -147,6 +206,7 @@ impl Space {
         self.data.clear_all();
         self.code.clear_all();
         self.pending_sync = None;
+        self.tainted = false;
         self.world.unmap(WorldLin(0), 0)
     }
 
@@ -236,6 +296,17 @@ impl Space {
         backing: Backing,
         layout: &Layout,
     ) -> Result<(), WorldError> {
+        self.map_code_entry(lin, Entry::new(leaf, false), backing, layout)
+    }
+
+    /// The same for what another space's shadow says of it.
+    pub fn map_code_entry(
+        &mut self,
+        lin: GuestLin,
+        entry: Entry,
+        backing: Backing,
+        layout: &Layout,
+    ) -> Result<(), WorldError> {
         if self.code.len() > MAX_SMALL_MAPPINGS {
             let places = self.code.pages().map(|(l, _)| layout.guest_of_data(layout.code(l)));
             let places: Vec<GuestLin> = places.collect();
@@ -243,7 +314,7 @@ impl Space {
             unmap_runs(self.world.as_mut(), layout, &places)?;
         }
         self.world.map(layout.code(lin.page_base()), 0x1000, backing, Prot::READ | Prot::EXEC)?;
-        self.code.set(lin.page_base(), Entry::new(leaf, false));
+        self.code.set(lin.page_base(), entry);
         Ok(())
     }
 
@@ -290,18 +361,44 @@ mod tests {
 
     #[test]
     fn selectors_of_one_run_are_never_of_two_generations_of_the_ldt() {
-        let mut space = Space::new(Box::new(FakeWorld::new()), Role::Supervisor);
+        let mut descriptors = Descriptors::default();
         let layout = Layout::CANDIDATES[0];
         // All but two slots: the third of six different segments starts the LDT afresh.
         for base in 0..u32::from(LAST_SLOT - FIRST_SLOT) - 2 {
-            space.host_selector(&segment(base), false, &layout).unwrap();
+            descriptors.selector(&segment(base), false, &layout, None);
         }
         let wanted: [Segment; 6] = std::array::from_fn(|i| segment(0x8000_0000 + i as u32));
-        let selectors = space.host_selectors(&wanted, &layout).unwrap();
-        assert_eq!(space.ldt_generation, 1);
+        let selectors = descriptors.selectors(&wanted, &layout, None);
+        assert_eq!(descriptors.generation, 1);
         for (i, selector) in selectors.iter().enumerate().filter(|(i, _)| *i != seg::CS) {
-            let content = space.contents[usize::from((selector >> 3) - FIRST_SLOT)];
+            let (_, content) = descriptors.content(*selector).unwrap();
             assert_eq!(content.base, wanted[i].base.wrapping_add(layout.delta));
         }
+    }
+
+    #[test]
+    fn a_truncated_segment_ends_below_the_guest_kernel_and_one_with_a_base_is_whole() {
+        let (mut d, layout) = (Descriptors::default(), Layout::CANDIDATES[0]);
+        let limit = |d: &mut Descriptors, base, is_cs| {
+            let selector = d.selector(&segment(base), is_cs, &layout, Some(0xc000_0000));
+            let (_, c) = d.content(selector).unwrap();
+            (c.limit_in_pages, c.limit)
+        };
+        assert_eq!(limit(&mut d, 0, false), (true, 0xb_ffff));
+        assert_eq!(limit(&mut d, 0, true), (true, 0xb_ffff));
+        assert_eq!(limit(&mut d, 0x0804_a000, false), (true, 0xf_ffff));
+        assert_eq!(d.selector(&segment(0), true, &layout, None), HOST_CODE32);
+    }
+
+    #[test]
+    fn a_world_is_given_a_descriptor_once_and_again_when_the_numbering_starts_afresh() {
+        let mut d = Descriptors::default();
+        let mut space = Space::new(Box::new(FakeWorld::new()), Role::Supervisor);
+        let selector = d.selector(&segment(1), false, &Layout::CANDIDATES[0], None);
+        space.install(&d, selector).unwrap();
+        assert_eq!(space.installed, [1]);
+        d.generation += 1;
+        space.install(&d, selector).unwrap();
+        assert_eq!((space.installed_generation, space.installed[0]), (1, 1));
     }
 }

@@ -1,0 +1,175 @@
+//! Which space the CPU's next instruction runs in.
+//!
+//! `--isolation strict`: one world for guest ring 0, and one with user pages only for each hot CR3 of guest ring 3.
+//!
+//! `--isolation limits`: one world for each hot CR3 holds the guest's kernel and its users, as the hardware would have
+//! it. Ring 3 runs there with segments that end below the guest kernel (the *boundary*), so that system calls and their
+//! returns need no change of address space. That stops accidents, not hostile guest users: user code is not scanned and
+//! may load the host's own flat selector (`docs/decisions/0003-joint-worlds.md`). Where limits cannot tell users from the
+//! kernel (kernel memory below the boundary, CR0.WP clear, segments that are not flat) ring 3 still gets a world of its
+//! own.
+
+use super::*;
+
+/// How the guest kernel is kept from its users.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Isolation {
+    /// By segment limits, in one world: fast, stops accidents.
+    #[default]
+    Limits,
+    /// By worlds of their own without the guest kernel: withstands hostile guest users.
+    Strict,
+}
+
+/// Address spaces that have a joint world.
+const MAX_JOINT_SPACES: usize = 16;
+/// The boundary is a multiple of this.
+const BOUNDARY_STEP: u32 = 256 << 20;
+/// Guest kernels whose page-fault handler is lower are not told from their users by limits.
+const LOWEST_KERNEL: u32 = 0x8000_0000;
+
+impl RawEngine {
+    /// The space the CPU's next instruction runs in.
+    pub(super) fn choose_space(&mut self, cpu: &CpuState, m: &mut Machine) -> Result<Place, RawError> {
+        self.clock += 1;
+        if self.isolation == Isolation::Strict || !cpu.paging() {
+            if cpu.cpl != 3 {
+                self.kernels[0].role = Role::Supervisor;
+                return Ok(Place::Kernel(0));
+            }
+            return self.user_space(cpu);
+        }
+        if cpu.cpl == 3 && !self.limits_hold(cpu, m) {
+            return self.user_space(cpu);
+        }
+        let number = self.joint_space(cpu)?;
+        if cpu.cpl == 3 && self.kernels[number].tainted {
+            return self.user_space(cpu);
+        }
+        Ok(Place::Kernel(number))
+    }
+
+    /// The world of ring 3 alone for the CPU's address space.
+    fn user_space(&mut self, cpu: &CpuState) -> Result<Place, RawError> {
+        let role = Role::User { cr3: cpu.cr3 };
+        let i = match self.users.iter().position(|s| s.role == role) {
+            Some(i) => i,
+            None if self.users.len() < MAX_USER_SPACES => {
+                self.users.push(Space::new(self.host.spawn()?, role));
+                self.users.len() - 1
+            }
+            None => {
+                let oldest = (0..self.users.len()).min_by_key(|&i| self.users[i].last_used).unwrap_or(0);
+                self.users[oldest].clear()?;
+                self.users[oldest].role = role;
+                oldest
+            }
+        };
+        self.users[i].last_used = self.clock;
+        Ok(Place::User(i))
+    }
+
+    /// The world of all rings for the CPU's address space.
+    fn joint_space(&mut self, cpu: &CpuState) -> Result<usize, RawError> {
+        let role = Role::Joint { cr3: cpu.cr3 };
+        let known = self.kernels.iter().position(|s| s.role == role);
+        let i = match known {
+            Some(i) => i,
+            None => {
+                let i = if self.kernels[0].role == Role::Supervisor {
+                    0
+                } else if self.kernels.len() < MAX_JOINT_SPACES {
+                    self.kernels.push(Space::new(self.host.spawn()?, role));
+                    let i = self.kernels.len() - 1;
+                    self.furnish(i)?;
+                    self.show_known_code(i)?;
+                    i
+                } else {
+                    (0..self.kernels.len()).min_by_key(|&i| self.kernels[i].last_used).unwrap_or(0)
+                };
+                let space = &mut self.kernels[i];
+                space.role = role;
+                space.published = None;
+                // The guest kernel's half is the same under every CR3 as a rule: only what is not goes.
+                space.pending_sync = Some(Scope::All);
+                space.tainted = false;
+                i
+            }
+        };
+        self.kernels[i].last_used = self.clock;
+        Ok(i)
+    }
+
+    /// Maps into a new world the copies of kernel code the world used last has.
+    fn show_known_code(&mut self, number: usize) -> Result<(), RawError> {
+        let boundary = self.boundary.unwrap_or(LOWEST_KERNEL);
+        let Some(latest) = (0..number).max_by_key(|&i| self.kernels[i].last_used) else { return Ok(()) };
+        let pages: Vec<_> = self.kernels[latest].code.pages().filter(|(lin, _)| lin.0 >= boundary).collect();
+        for (lin, entry) in pages {
+            if let Some(offset) = self.kernel_code.copy_of(lin, entry.pfn()) {
+                let layout = self.layout;
+                self.kernels[number].map_code_entry(lin, entry, Backing::Code(offset), &layout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether segment limits can keep the ring-3 code that is about to run from the guest kernel.
+    fn limits_hold(&mut self, cpu: &CpuState, m: &mut Machine) -> bool {
+        let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
+        let flat = |s: &Segment| s.is_flat() && s.big() && s.present();
+        if !flat(cs) || !flat(ss) || cpu.cr0 & cr0::WP == 0 {
+            return false;
+        }
+        if self.boundary.is_none() {
+            self.boundary = Self::find_boundary(cpu, m);
+            if let Some(boundary) = self.boundary {
+                log::info!("ring 3 ends at {boundary:08x}");
+                self.forget_segment_cache();
+                let layout = self.layout;
+                for space in &mut self.kernels {
+                    // What ring 0 mapped below it so far may be its own.
+                    let own: Vec<_> = space
+                        .data
+                        .pages()
+                        .filter(|(lin, e)| lin.0 < boundary && !e.user())
+                        .map(|(lin, _)| lin)
+                        .collect();
+                    space.tainted |= !own.is_empty();
+                    let code: Vec<_> = space.code.pages().filter(|(lin, _)| lin.0 < boundary).collect();
+                    for (lin, _) in code {
+                        if space.drop_code(lin, &layout).is_err() {
+                            return false;
+                        }
+                    }
+                }
+            }
+        }
+        self.boundary.is_some_and(|b| cpu.eip < b && self.layout.vcpu < b)
+    }
+
+    /// The end of the user half: above the highest user page, not above the guest's page-fault handler.
+    fn find_boundary(cpu: &CpuState, m: &mut Machine) -> Option<u32> {
+        let mut gate = [0u8; 8];
+        let at = GuestLin(cpu.idtr.base.wrapping_add(14 * 8));
+        m.read(cpu, at, &mut gate, Privilege::Supervisor).ok()?;
+        let handler = u32::from_le_bytes([gate[0], gate[1], gate[6], gate[7]]);
+        if handler < LOWEST_KERNEL {
+            return None;
+        }
+        let mut page = handler >> 12;
+        // Downwards from the handler to the first user page; whole 2 MiB at a time where there is nothing.
+        while page > 0 {
+            page -= 1;
+            match peek(m, cpu, GuestLin(page << 12)) {
+                Some(l) if l.user => {
+                    let end = (u64::from(page + 1) << 12).next_multiple_of(u64::from(BOUNDARY_STEP));
+                    return u32::try_from(end).ok().filter(|b| *b <= handler);
+                }
+                Some(l) if l.shift > 12 => page &= !0x1ff,
+                _ => {}
+            }
+        }
+        None
+    }
+}
