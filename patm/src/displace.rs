@@ -5,7 +5,6 @@
 
 use crate::emit::Emitter;
 use crate::insn::Insn;
-use crate::map::Fix;
 use csam::Class;
 use iced_x86::{Code, CpuidFeature, FlowControl, OpKind, Register};
 
@@ -58,7 +57,7 @@ pub(crate) fn emit(e: &mut Emitter, insn: &Insn) -> bool {
         }
         FlowControl::Call => {
             push_return_address(e, insn);
-            e.state = Fix::at(i.near_branch32());
+            e.state = e.at(i.near_branch32());
             e.guest_branch(&[0xe9], i.near_branch32());
             false
         }
@@ -86,10 +85,10 @@ fn emit_loop(e: &mut Emitter, insn: &Insn, opcode: u8, target: u32) {
     let narrow = insn.prefixes().contains(&0x67);
     let bytes = [0x67, opcode];
     e.short_branch(if narrow { &bytes } else { &bytes[1..] }, taken);
-    e.state = Fix::at(insn.next());
+    e.state = e.at(insn.next());
     e.short_branch(&[0xeb], not_taken);
     e.bind(taken);
-    e.state = Fix::at(target);
+    e.state = e.at(target);
     e.guest_branch(&[0xe9], target);
     e.bind(not_taken);
 }

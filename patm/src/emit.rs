@@ -42,6 +42,8 @@ struct Slow {
     label: Label,
     state: Fix,
     reason: u32,
+    /// SS holds the ring-0 stack segment and must be given back its ring-3 one.
+    user_stack: bool,
 }
 
 pub(crate) struct Emitter {
@@ -51,12 +53,14 @@ pub(crate) struct Emitter {
     relocs: Vec<Reloc>,
     labels: Vec<Option<u32>>,
     slow: Vec<Slow>,
+    /// The CPL of the code the trampoline stands for, if it is not only ring 0's.
+    cpl: Option<u8>,
     /// What the state before the next instruction stands for.
     pub(crate) state: Fix,
 }
 
 impl Emitter {
-    pub(crate) fn new(vcpu: u32) -> Self {
+    pub(crate) fn new(vcpu: u32, cpl: Option<u8>) -> Self {
         Self {
             vcpu,
             code: Vec::new(),
@@ -64,6 +68,7 @@ impl Emitter {
             relocs: Vec::new(),
             labels: Vec::new(),
             slow: Vec::new(),
+            cpl,
             state: Fix::default(),
         }
     }
@@ -72,9 +77,14 @@ impl Emitter {
         self.code.len() as u32
     }
 
+    /// The state is exactly the guest's, at `eip`.
+    pub(crate) fn at(&self, eip: u32) -> Fix {
+        Fix { resume: eip, cpl: self.cpl, ..Fix::default() }
+    }
+
     /// The guest instruction at `eip` starts here.
     pub(crate) fn begin(&mut self, eip: u32) {
-        self.state = Fix::at(eip);
+        self.state = self.at(eip);
         self.map.starts.push((eip, self.here()));
     }
 
@@ -137,10 +147,21 @@ impl Emitter {
         self.op_parts(&[&[0x36], opcode, &[(reg & 7) << 3 | 4, 0x4d], &disp]);
     }
 
-    /// `cmp dword ss:[ecx*2 + vcpu + offset], value`.
-    pub(crate) fn cache_cmp_imm(&mut self, offset: u32, value: u8) {
+    /// `test byte ss:[ecx*2 + vcpu + offset], mask`, likewise.
+    pub(crate) fn cache_test_byte(&mut self, offset: u32, mask: u8) {
         let disp = self.vcpu.wrapping_add(page::SEGMENT_CACHE).wrapping_add(offset).to_le_bytes();
-        self.op_parts(&[&[0x36, 0x83, 0x3c, 0x4d], &disp, &[value]]);
+        self.op_parts(&[&[0x36, 0xf6, 0x04, 0x4d], &disp, &[mask]]);
+    }
+
+    /// `operation dword ss:[vcpu + offset], value` with the operation as in ModRM.reg of opcode 81h.
+    pub(crate) fn page_imm(&mut self, operation: u8, offset: u32, value: u32) {
+        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        self.op_parts(&[&[0x36, 0x81, operation << 3 | 5], &disp, &value.to_le_bytes()]);
+    }
+
+    /// `cmp dword ss:[vcpu + offset], value`.
+    pub(crate) fn cmp_imm(&mut self, offset: u32, value: u32) {
+        self.page_imm(7, offset, value);
     }
 
     /// Keeps the guest's `reg` in its scratch slot; it may be clobbered afterwards.
@@ -215,7 +236,14 @@ impl Emitter {
     /// A label that undoes everything done since `begin` and leaves through the gate.
     pub(crate) fn slow_path(&mut self, reason: u32) -> Label {
         let label = self.label();
-        self.slow.push(Slow { label, state: self.state, reason });
+        self.slow.push(Slow { label, state: self.state, reason, user_stack: false });
+        label
+    }
+
+    /// The same from where SS holds the ring-0 stack segment though the state is ring 3's.
+    pub(crate) fn slow_path_to_user_stack(&mut self, reason: u32) -> Label {
+        let label = self.label();
+        self.slow.push(Slow { label, state: self.state, reason, user_stack: true });
         label
     }
 
@@ -235,6 +263,10 @@ impl Emitter {
             debug_assert!(slow.state.finish == Finish::Nothing && slow.state.esp_add == 0);
             self.bind(slow.label);
             self.state = slow.state;
+            if slow.user_stack {
+                self.load(EAX, page::USER_SS_HOST + 4);
+                self.op(&[0x8e, 0xd0]); // mov ss, eax
+            }
             if self.state.restore_flags {
                 self.restore_flags();
             }

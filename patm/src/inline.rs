@@ -8,20 +8,19 @@
 
 use crate::emit::{Cond, EAX, ECX, EDX, ESP, Emitter};
 use crate::insn::Insn;
-use crate::map::{Finish, IF};
+use crate::map::{Finish, IF, NATIVE};
+use crate::transition;
 use crate::vcpu_page as page;
 use crate::{ReasonKind, Route, reason_word};
 use csam::SensitiveKind as Kind;
 use iced_x86::{Code, FlowControl, InstructionInfoFactory, OpAccess, OpKind, Register};
 
-/// EFLAGS bits that must be clear for an `iret` in line: NT, RF, VM, VIF, VIP.
-const IRET_CLEAR: u32 = 0x4000 | 0x1_0000 | 0x2_0000 | 0x8_0000 | 0x10_0000;
-/// EFLAGS bits that are the hardware's own: the arithmetic flags and DF.
-const NATIVE: u32 = 0xcd5;
+/// EFLAGS bits that must be clear for an `iret` in line: NT, VM, VIF, VIP. For RF see `IRET_REFUSES`.
+pub(crate) const IRET_CLEAR: u32 = 0x4000 | 0x2_0000 | 0x8_0000 | 0x10_0000;
 /// CR0.TS.
 const TS: u8 = 8;
 /// EFLAGS bits `popf` may not set while hardware holds the flags: TF, IOPL, NT, AC, ID.
-const HELD_BACK: u32 = 0x100 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
+pub(crate) const HELD_BACK: u32 = 0x100 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
 
 /// The counter in the vCPU page of in-line executions of `kind`.
 #[must_use]
@@ -40,6 +39,7 @@ pub fn counter(kind: Kind) -> u32 {
         Kind::Iret => 10,
         Kind::Clts => 11,
         Kind::Verw => 12,
+        Kind::Int => 13,
         _ => page::COUNTERS_LEN - 1,
     }
 }
@@ -204,28 +204,27 @@ fn store_if_and_leave_if_pending(e: &mut Emitter, reason: u32) {
 }
 
 /// `iret` to the running code segment: no change of privilege, stack or CS. SDM Vol. 2A, "IRET", label
-/// RETURN-TO-SAME-PRIVILEGE-LEVEL. Anything else is for the monitor.
+/// RETURN-TO-SAME-PRIVILEGE-LEVEL. To ring 3 see [`transition::enter_user`]. Anything else is for the monitor.
 fn iret(e: &mut Emitter, cx: &Context) -> (Route, bool) {
     e.save(EAX);
     e.save_flags();
+    let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
+    e.op(&[0x0f, 0xb7, 0x44, 0x24, 0x04]); // movzx eax, word [esp + 4]: CS
+    e.page_op(&[0x3b], EAX, page::USER_CS); // cmp eax, selector
+    let user = e.label();
+    e.jcc(Cond::Equal, user);
+    let at_user = e.state;
+    e.page_op(&[0x3b], EAX, page::IRET_CS);
+    e.jcc(Cond::NotEqual, slow);
     e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]: EFLAGS
     e.op_parts(&[&[0xa9], &IRET_CLEAR.to_le_bytes()]); // test eax, imm32
-    let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
+    e.jcc(Cond::NotEqual, slow);
+    e.page_op(&[0x85], EAX, page::IRET_REFUSES); // test mask, eax
     e.jcc(Cond::NotEqual, slow);
     e.page_op(&[0x33], EAX, page::HIDDEN_FLAGS); // xor eax, hidden: these must stay as they are
     e.op_parts(&[&[0xa9], &HELD_BACK.to_le_bytes()]); // test eax, imm32
     e.jcc(Cond::NotEqual, slow);
-    e.op(&[0x0f, 0xb7, 0x44, 0x24, 0x04]); // movzx eax, word [esp + 4]: CS
-    e.page_op(&[0x3b], EAX, page::IRET_CS); // cmp eax, selector
-    e.jcc(Cond::NotEqual, slow);
-    e.load(EAX, page::IRET_DESC_AT);
-    e.op(&[0x36, 0x8b, 0x00]); // mov eax, ss:[eax]: descriptor, low half
-    e.page_op(&[0x3b], EAX, page::IRET_DESC_LOW);
-    e.jcc(Cond::NotEqual, slow);
-    e.load(EAX, page::IRET_DESC_AT);
-    e.op(&[0x36, 0x8b, 0x40, 0x04]); // mov eax, ss:[eax + 4]: high half
-    e.page_op(&[0x3b], EAX, page::IRET_DESC_HIGH);
-    e.jcc(Cond::NotEqual, slow);
+    transition::check_descriptor(e, page::IRET_DESC_AT, page::IRET_DESC_LOW, slow);
     e.op(&[0x8b, 0x04, 0x24]); // mov eax, [esp]: EIP
     e.store(page::SCRATCH_TARGET, EAX);
     e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]
@@ -252,6 +251,9 @@ fn iret(e: &mut Emitter, cx: &Context) -> (Route, bool) {
         e.count(counter(Kind::Iret));
     }
     e.page_op(&[0xff], 4, page::SCRATCH_TARGET); // jmp [target]
+    e.bind(user);
+    e.state = at_user;
+    transition::enter_user(e, slow, cx.count);
     (Route::InLine, false)
 }
 
@@ -347,10 +349,12 @@ fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Co
     let source = if pop { Selector::Stack } else { Selector::Operand(1) };
     let Some(slow) = fetch_selector(e, insn, source, cx) else { return false };
     let load = e.label();
-    // ECX is now the host selector to load if the guest's is null (0..=3).
+    // ECX is now the host selector to load if the guest's is null (0..=3), EAX the one for ring 3.
+    e.op(&[0x31, 0xc0]); // xor eax, eax
     e.op(&[0x83, 0xf9, 0x03]); // cmp ecx, 3
     e.jcc(Cond::BelowOrEqual, load);
     check_cached(e, slow);
+    e.cache_op(&[0x0f, 0xb7], EAX, 14); // movzx eax, word
     e.cache_op(&[0x8b], ECX, 8);
     e.bind(load);
     e.op(&[0x8e, 0xc0 | s << 3 | ECX]); // mov sreg, cx
@@ -359,6 +363,9 @@ fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Co
     if pop {
         e.state.esp_add = 4;
     }
+    // The monitor writes these two anew at every entry, so a stop before they are done needs no Finish.
+    e.store(page::HOST_RING0 + 4 * u32::from(s), ECX);
+    e.store(page::HOST_RING3 + 4 * u32::from(s), EAX);
     e.load(ECX, page::SCRATCH_VALUE);
     e.store(page::SELECTORS + 4 * u32::from(s), ECX);
     e.state.finish = Finish::Nothing;
@@ -458,8 +465,8 @@ fn check_cached(e: &mut Emitter, slow: crate::emit::Label) {
     e.op_parts(&[&[0x3d], &0x6000_u32.to_le_bytes()]); // cmp eax, DPL 3
     e.jcc(Cond::NotEqual, slow);
     e.bind(rpl_fits);
-    e.cache_cmp_imm(12, 1); // valid?
-    e.jcc(Cond::NotEqual, slow);
+    e.cache_test_byte(12, 1); // valid?
+    e.jcc(Cond::Equal, slow);
 }
 
 /// A read through CS: the same through SS, which is flat and shows RAM.
@@ -484,6 +491,6 @@ fn cs_data(e: &mut Emitter, insn: &Insn) -> bool {
         n += 1;
     }
     e.op_parts(&[bytes.get(..n).unwrap_or(&[]), insn.opcode()]);
-    e.state = crate::map::Fix::at(insn.next());
+    e.state = e.at(insn.next());
     true
 }

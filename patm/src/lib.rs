@@ -8,7 +8,8 @@
 //! - `inline` and `displace`: what a trampoline does for sites and for the other instructions of a window,
 //! - `emit` and [`map`]: trampoline bytes, and the guest state that every boundary in them stands for,
 //! - `alloc`: where a trampoline lies, chosen so that the jump's displacement bytes trap where they must,
-//! - [`manager`]: [`Patm`], which keeps the patches and answers questions about EIPs.
+//! - [`manager`]: [`Patm`], which keeps the patches and answers questions about EIPs,
+//! - `transition` and [`user`]: between ring 0 and ring 3 without an exit, and the patches of ring-3 code for it.
 //!
 //! All code addresses are EIPs of a code segment the guest sees at base 0, so a [`csam::GuestLin`] and an EIP are the
 //! same number.
@@ -24,6 +25,8 @@ mod insn;
 pub mod manager;
 pub mod map;
 pub mod patch;
+mod transition;
+pub mod user;
 pub mod vcpu_page;
 pub mod view;
 mod window;
@@ -33,8 +36,10 @@ pub use inline::counter;
 pub use manager::{Location, Patm, Stats};
 pub use map::{EipMap, Finish, Fix, Point, RegSet, VcpuWords};
 pub use patch::{
-    CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline, reason_word,
+    CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline,
+    is_user_reason, reason_word,
 };
+pub use user::{UserPatch, UserPatcher};
 pub use view::MapView;
 
 use csam::GuestLin;

@@ -16,7 +16,7 @@ use alloc::vec::Vec;
 use csam::{Class, GuestLin, SensitiveKind};
 
 /// `hlt`: what bytes of a window hold that nobody may execute, and the trap byte itself.
-const HLT: u8 = 0xf4;
+pub(crate) const HLT: u8 = 0xf4;
 /// No patch depends on more bytes from its start (a window, or one instruction).
 const MAX_EXTENT: u32 = 64;
 
@@ -197,7 +197,7 @@ impl Patm {
 
     /// Emits the trampoline of `window`.
     fn emit(&self, window: &Window) -> (Emitter, Vec<SiteRef>) {
-        let mut e = Emitter::new(self.config.vcpu_base);
+        let mut e = Emitter::new(self.config.vcpu_base, None);
         let mut sites = Vec::new();
         let mut goes_on = true;
         for insn in &window.insns {
@@ -214,7 +214,7 @@ impl Patm {
         }
         if goes_on {
             let end = window.start().wrapping_add(window.len());
-            e.state = Fix::at(end);
+            e.state = e.at(end);
             debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
         }
@@ -504,7 +504,7 @@ fn forward(patch: &Patch, eip: u32) -> Option<u32> {
 }
 
 /// `jmp rel32` that ends at `end`.
-fn jump(end: u32, target: u32) -> [u8; 5] {
+pub(crate) fn jump(end: u32, target: u32) -> [u8; 5] {
     let [a, b, c, d] = target.wrapping_sub(end).to_le_bytes();
     [0xe9, a, b, c, d]
 }

@@ -12,8 +12,19 @@ use alloc::vec::Vec;
 const LAHF_FLAGS: u32 = 0xd5;
 /// EFLAGS.OF.
 const OF: u32 = 1 << 11;
+/// EFLAGS bits that are the hardware's own while guest ring 0 runs: the arithmetic flags and DF.
+pub(crate) const NATIVE: u32 = 0xcd5;
+/// EFLAGS.IOPL.
+pub(crate) const IOPL: u32 = 0x3000;
 /// EFLAGS.IF.
 pub(crate) const IF: u32 = 1 << 9;
+
+/// The number of CS in encoding order.
+pub(crate) const CS: u32 = 1;
+/// The number of SS.
+pub(crate) const SS: u32 = 2;
+/// The numbers of ES, DS, FS and GS.
+pub(crate) const DATA_SEGMENTS: [u8; 4] = [0, 3, 4, 5];
 
 /// A set of general registers (bit n: register n in encoding order).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -45,6 +56,13 @@ pub enum Finish {
     StoreIf,
     /// `SELECTORS[n] := SCRATCH_VALUE` (a segment load, between the real load and the store).
     StoreSelector(u8),
+    /// `iret` to ring 3 is committed: everything [`Fix::apply`] says under this name. The vCPU page is read for it
+    /// (`HOST_RING3`, `USER_CS`, `USER_SS` and the offsets of `USER_CS_HOST` and `USER_SS_HOST`); the monitor must not
+    /// have rewritten it since the world ran, and must look whether the selectors are the ones it had put there.
+    EnterUser,
+    /// `int n` of ring 3 is committed, the frame is on the ring-0 stack: likewise, with `KERNEL_SS`, `GATE_CS`,
+    /// `GATE_IF_MASK` and the offsets of `KERNEL_CS_HOST` and `KERNEL_SS_HOST`.
+    EnterKernel,
 }
 
 /// How to turn the hardware state at one trampoline boundary into guest state.
@@ -58,12 +76,20 @@ pub struct Fix {
     pub restore: RegSet,
     /// The guest's arithmetic flags are in `SCRATCH_FLAGS`.
     pub restore_flags: bool,
+    /// The guest's arithmetic flags and DF are in `SCRATCH_IMAGE`.
+    pub restore_image: bool,
     /// To be added to ESP (after `restore`).
     pub esp_add: i32,
     /// What is left to do.
     pub finish: Finish,
     /// The instruction that was being done has taken effect: `resume` is behind it (or see `to_target`).
     pub committed: bool,
+    /// The CPL of the fixed state, 0 or 3; None: what `CPL` says, which in trampolines of ring-0 code is 0.
+    pub cpl: Option<u8>,
+    /// A page fault here is an access of the processor's own for the delivery or the return (descriptor tables, TSS,
+    /// the ring-0 stack): it has supervisor rights whatever the CPL. Once the page is there, the site may be begun
+    /// again, or the instruction of the trampoline restarted with the hardware state as it was.
+    pub supervisor: bool,
 }
 
 /// u32 access to the vCPU page by offset.
@@ -74,14 +100,15 @@ pub trait VcpuWords {
     fn write(&mut self, offset: u32, value: u32);
 }
 
-impl Fix {
-    /// The state is exactly the guest's, at `eip`.
-    pub(crate) fn at(eip: u32) -> Self {
-        Self { resume: eip, ..Self::default() }
-    }
+fn copy(words: &mut dyn VcpuWords, from: u32, to: u32) {
+    let value = words.read(from) & 0xffff;
+    words.write(to, value);
+}
 
-    /// Turns the hardware state into the guest's: general registers (encoding order), the arithmetic flags in
-    /// `eflags` and the vCPU page words. Returns the guest EIP. Selectors are left as the hardware holds them.
+impl Fix {
+    /// Turns the hardware state into the guest's: general registers (encoding order), the arithmetic flags and DF in
+    /// `eflags`, and in the vCPU page `IF_FLAG`, `HIDDEN_FLAGS`, `SELECTORS` and `CPL`. Returns the guest EIP. What the
+    /// segment registers hold follows from `SELECTORS` and `CPL` (`HOST_RING0` and `HOST_RING3` may be stale).
     pub fn apply(&self, gpr: &mut [u32; 8], eflags: &mut u32, words: &mut dyn VcpuWords) -> u32 {
         if self.restore_flags {
             let saved = words.read(page::SCRATCH_FLAGS);
@@ -90,6 +117,9 @@ impl Fix {
             if saved & 1 != 0 {
                 *eflags |= OF;
             }
+        }
+        if self.restore_image {
+            *eflags = (*eflags & !NATIVE) | (words.read(page::SCRATCH_IMAGE) & NATIVE);
         }
         for (n, reg) in gpr.iter_mut().enumerate() {
             let n = n as u8;
@@ -107,6 +137,30 @@ impl Fix {
             Finish::StoreSelector(n) => {
                 let value = words.read(page::SCRATCH_VALUE) & 0xffff;
                 words.write(page::SELECTORS + 4 * u32::from(n), value);
+            }
+            Finish::EnterUser => {
+                for n in DATA_SEGMENTS {
+                    if words.read(page::HOST_RING3 + 4 * u32::from(n)) == 0 {
+                        words.write(page::SELECTORS + 4 * u32::from(n), 0);
+                    }
+                }
+                copy(words, page::USER_CS, page::SELECTORS + 4 * CS);
+                copy(words, page::USER_SS, page::SELECTORS + 4 * SS);
+                words.write(page::IF_FLAG, IF);
+                words.write(page::CPL, 3);
+                gpr[4] = words.read(page::USER_SS_HOST);
+                return words.read(page::USER_CS_HOST);
+            }
+            Finish::EnterKernel => {
+                copy(words, page::GATE_CS, page::SELECTORS + 4 * CS);
+                copy(words, page::KERNEL_SS, page::SELECTORS + 4 * SS);
+                let kept = words.read(page::IF_FLAG) & words.read(page::GATE_IF_MASK) & IF;
+                words.write(page::IF_FLAG, kept);
+                let kept = words.read(page::HIDDEN_FLAGS) & IOPL;
+                words.write(page::HIDDEN_FLAGS, kept);
+                words.write(page::CPL, 0);
+                gpr[4] = words.read(page::KERNEL_SS_HOST);
+                return words.read(page::GATE_TARGET);
             }
         }
         if self.to_target { words.read(page::SCRATCH_TARGET) } else { self.resume }

@@ -93,6 +93,15 @@ pub const fn reason_word(site_id: u32, kind: ReasonKind) -> u32 {
         }
 }
 
+/// Site numbers from here on are those of ring-3 code ([`crate::UserPatcher`]): bit 31 of a reason word.
+pub(crate) const USER_SITES: u32 = 1 << 29;
+
+/// Is this reason word that of a site in ring-3 code?
+#[must_use]
+pub const fn is_user_reason(word: u32) -> bool {
+    word >> 31 != 0
+}
+
 pub(crate) const fn split_reason(word: u32) -> (u32, ReasonKind) {
     let kind = match word & 3 {
         0 => ReasonKind::Emulate,
@@ -209,6 +218,8 @@ pub enum Refusal {
     EndOfFlow,
     /// An instruction in the window cannot be done from elsewhere.
     NotDisplaceable,
+    /// There are not enough bytes in the page in front of the site for a jump that covers nothing behind it.
+    NoRoom,
     /// No free trampoline memory where the displacement has its trapping bytes.
     NoPlace,
 }
@@ -226,6 +237,7 @@ impl Refusal {
             Self::BranchTarget => "branch target in the window",
             Self::EndOfFlow => "end of flow in the window",
             Self::NotDisplaceable => "not displaceable",
+            Self::NoRoom => "no room for a jump",
             Self::NoPlace => "no place for the trampoline",
         }
     }

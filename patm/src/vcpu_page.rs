@@ -52,21 +52,82 @@ pub const IRET_DESC_HIGH: u32 = 0x18c;
 pub const SCRATCH_TARGET: u32 = 0x190;
 /// Scratch u32: the arithmetic flags and DF an `iret` done in line loads.
 pub const SCRATCH_IMAGE: u32 = 0x194;
-/// A value of `IRET_CS` that no selector has.
+/// EFLAGS bits which, set in its frame, keep `iret` from being done in line though it could be: RF while the guest has
+/// instruction breakpoints. Without any, RF means nothing and an `iret` in line ignores it. u32.
+pub const IRET_REFUSES: u32 = 0x198;
+/// A value of `IRET_CS` and of `USER_CS` that no selector has.
 pub const IRET_NOWHERE: u32 = u32::MAX;
 /// Where the 64-bit gate stub keeps the guest's registers until the runtime copies them (owned by the shim). 256 bytes.
 pub const SHIM_SAVE: u32 = 0x200;
-/// The virtual CPL: 0 or 3. u32.
+// The rest, up to the segment cache, is for worlds that hold guest ring 0 and ring 3 together (see
+// `crate::transition`). The monitor writes all of it before each run; in-line transitions keep it right in between.
+
+/// The guest's CPL: 0 or 3. u32.
 pub const CPL: u32 = 0x300;
-/// For each segment register (encoding order) the host selector with which guest ring 0 sees the segment that is now
-/// loaded in it. Six u32.
+/// For ES, CS, SS, DS, FS, GS (encoding order) a u32: the host selector with which guest ring 0 sees the segment that
+/// the register now holds, with its whole limit. For a null selector that selector, 0..=3. CS and SS are not used.
 pub const HOST_RING0: u32 = 0x320;
-/// The same for guest ring 3, whose limits are truncated; 0 where ring 3 may not keep the segment. Six u32.
+/// The same for guest ring 3: the host selector whose limit ends below the guest kernel, or 0 where ring 3 may not keep
+/// the segment (null, or DPL < 3 and no conforming code: `iret` makes it null, SDM Vol. 2A). CS and SS are not used.
 pub const HOST_RING3: u32 = 0x340;
+/// The CS selector, RPL 3, zero-extended, to which `iret` may return in line at CPL 3; `IRET_NOWHERE` if none. u32.
+pub const USER_CS: u32 = 0x360;
+/// Guest linear address of the descriptor of `USER_CS`. u32.
+pub const USER_CS_DESC_AT: u32 = 0x364;
+/// What the guest's descriptor there must still be, low half. u32.
+pub const USER_CS_DESC_LOW: u32 = 0x368;
+/// The same, high half. u32.
+pub const USER_CS_DESC_HIGH: u32 = 0x36c;
+/// Far pointer to ring-3 code: u32 offset, which the return writes, then the host selector of `USER_CS` as a u32.
+pub const USER_CS_HOST: u32 = 0x370;
+/// The SS selector that comes with `USER_CS`, zero-extended. u32.
+pub const USER_SS: u32 = 0x380;
+/// Guest linear address of the descriptor of `USER_SS`. u32.
+pub const USER_SS_DESC_AT: u32 = 0x384;
+/// What the guest's descriptor there must still be, low half. u32.
+pub const USER_SS_DESC_LOW: u32 = 0x388;
+/// The same, high half. u32.
+pub const USER_SS_DESC_HIGH: u32 = 0x38c;
+/// Far pointer to the ring-3 stack: u32 ESP, which the return writes, then the host selector as a u32. It is flat and
+/// big and reaches the vCPU page. It is the one of `USER_SS`, and what SS must hold for `int n` to be done in line.
+pub const USER_SS_HOST: u32 = 0x390;
+/// 1 if `int GATE_VECTOR` of ring 3 may be done in line, else 0: the gate is present, 32 bits wide and DPL 3, its
+/// target CS the running flat ring-0 one or the one last run (non-conforming, DPL 0), the TSS 32 bits wide. u32.
+pub const GATE_READY: u32 = 0x3a0;
+/// The vector. u32.
+pub const GATE_VECTOR: u32 = 0x3a4;
+/// Guest linear address of the IDT entry. u32.
+pub const GATE_AT: u32 = 0x3a8;
+/// What it must still be, low half. u32.
+pub const GATE_LOW: u32 = 0x3ac;
+/// The same, high half. u32.
+pub const GATE_HIGH: u32 = 0x3b0;
+/// The new `IF_FLAG` is the old one and this: 0 for an interrupt gate, all ones for a trap gate. u32.
+pub const GATE_IF_MASK: u32 = 0x3b4;
+/// The CS selector, RPL 0, zero-extended, that the guest sees after it. Must also be `IRET_CS`, whose descriptor is
+/// checked. u32.
+pub const GATE_CS: u32 = 0x3b8;
+/// Guest linear address of ESP0 in the TSS; SS0 is the word at +4. u32.
+pub const TSS_ESP0_AT: u32 = 0x3bc;
+/// What SS0 must be, zero-extended: a flat, big, writable DPL 0 segment, RPL 0. u32.
+pub const KERNEL_SS: u32 = 0x3c0;
+/// Guest linear address of the descriptor of `KERNEL_SS`. u32.
+pub const KERNEL_SS_DESC_AT: u32 = 0x3c4;
+/// What the guest's descriptor there must still be, low half. u32.
+pub const KERNEL_SS_DESC_LOW: u32 = 0x3c8;
+/// The same, high half. u32.
+pub const KERNEL_SS_DESC_HIGH: u32 = 0x3cc;
+/// Far pointer to the ring-0 stack: u32 ESP, which the entry writes, then the host selector of `KERNEL_SS` as a u32.
+pub const KERNEL_SS_HOST: u32 = 0x3d0;
+/// Far pointer to the handler: u32 offset, which the monitor writes, then the host selector of ring-0 code as a u32.
+pub const KERNEL_CS_HOST: u32 = 0x3d8;
+/// The EIP of the handler: the offset of `KERNEL_CS_HOST`. u32.
+pub const GATE_TARGET: u32 = KERNEL_CS_HOST;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):
 /// u32 descriptor low, u32 descriptor high (as read from the guest's GDT when the monitor cached it), u32 host selector
-/// to load, u32 valid (1) or not (0). A trampoline may load a segment without leaving the world exactly when the
-/// entry is valid and the guest's descriptor still equals it.
+/// for guest ring 0, and a u32 which is 0 for an invalid entry, else 1 in its lower half and in its upper half what
+/// `HOST_RING3` is to hold. A trampoline may load a segment without leaving the world exactly when the entry is valid
+/// and the guest's descriptor still equals it.
 pub const SEGMENT_CACHE: u32 = 0x800;
 /// How many entries the segment cache has.
 pub const SEGMENT_CACHE_LEN: u32 = 128;

@@ -180,7 +180,7 @@ impl Machine {
         let gdt = self.word(page::GDT_BASE) + index * 8;
         let entry = page::SEGMENT_CACHE + index * 16;
         let (low, high) = (self.read(gdt, 4), self.read(gdt + 4, 4));
-        let same = self.word(entry) == low && self.word(entry + 4) == high && self.word(entry + 12) == 1;
+        let same = self.word(entry) == low && self.word(entry + 4) == high && self.word(entry + 12) & 1 == 1;
         (same && (selector & 3 == 0 || high >> 13 & 3 == 3)).then(|| self.word(entry + 8) as u16)
     }
     fn load_segment(&mut self, seg: usize, selector: u16) {
