@@ -534,6 +534,12 @@ impl Em {
                     cause = finer_cause(&instruction);
                 }
                 let site = self.cpu.eip;
+                if self.cpu.cpl == 3
+                    && instruction.code() == iced_x86::Code::Int_imm8
+                    && let Some(raw) = &mut self.raw
+                {
+                    raw.note_system_call(instruction.immediate8());
+                }
                 self.interpret_one(&instruction);
                 let left = self.budget(site);
                 if self.cpu.cpl == 0 && left > 0 {
@@ -609,8 +615,10 @@ impl Em {
             self.account.set_gauge("code_writes", c.code_writes);
             self.account.set_gauge("spans_rescanned", c.rescans);
             self.account.set_gauge("patches_undone", c.undone);
-            self.account.set_gauge("user_pages_examined", raw.user_code.looked_at);
-            self.account.set_gauge("user_pages_copied", raw.user_code.copied);
+            let (own, joint) = (&raw.user_code, &raw.joint_code);
+            self.account.set_gauge("user_pages_examined", own.looked_at + joint.looked_at);
+            self.account.set_gauge("user_pages_copied", own.copied + joint.copied);
+            self.account.set_gauge("user_system_calls_patched", joint.patches() as u64);
             let stats = raw.kernel_code.patm.stats();
             for (tactic, n) in &stats.tactics {
                 self.account.set_patches(tactic.name(), *n);

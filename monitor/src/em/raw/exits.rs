@@ -5,6 +5,24 @@ use super::*;
 /// DR6.BS: the debug exception is a single step.
 const DR6_BS: u32 = 1 << 14;
 
+/// Where in the world's code an exit happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Origin {
+    /// In the guest's own code, or at a patch.
+    Code,
+    /// In a trampoline that left by the gate.
+    Gate(ReasonKind),
+    /// In a trampoline that was interrupted or faulted; the state has been fixed.
+    Trampoline {
+        /// What faulted was an access of the processor's own.
+        supervisor: bool,
+    },
+}
+
+fn unknown_reason(reason: u32) -> RawError {
+    WorldError::Died(format!("it left with the unknown reason {reason:#x}")).into()
+}
+
 impl RawEngine {
     /// Takes the state of a world with guest ring 0 over into the CPU and deals with the exit.
     pub(super) fn read_back(
@@ -15,14 +33,140 @@ impl RawEngine {
         regs: &HwRegs,
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        if self.kernels[number].world.vcpu_read(vp::CPL) == 3 {
-            let mut expected = self.kernels[number].loaded;
-            for i in [seg::ES, seg::DS, seg::FS, seg::GS] {
-                expected[i] = self.kernels[number].world.vcpu_read(vp::HOST_RING3 + 4 * i as u32) as u16;
+        let mut flags = regs.eflags;
+        let mut origin = Origin::Code;
+        let world = self.kernels[number].world.as_mut();
+        match exit {
+            WorldExit::Gate { reason } if patm::is_user_reason(reason) => {
+                let Some(patch) = self.joint_code.by_reason(reason) else {
+                    return Err(unknown_reason(reason));
+                };
+                cpu.eip = patch.site.0;
+                origin = Origin::Gate(ReasonKind::Emulate);
+                self.retract_transitions(number);
             }
-            return self.read_back_user(cpu, m, Place::Kernel(number), regs, expected, exit);
+            WorldExit::Gate { reason } => {
+                let Some((_, site, kind)) = self.kernel_code.patm.by_reason(reason) else {
+                    return Err(unknown_reason(reason));
+                };
+                cpu.eip = match kind {
+                    ReasonKind::Emulate => site.at.0,
+                    ReasonKind::PendingAfterSti | ReasonKind::PendingAfterPopf => site.next().0,
+                    ReasonKind::PendingAfterIret => world.vcpu_read(vp::SCRATCH_TARGET),
+                };
+                if kind == ReasonKind::Emulate && site.kind == csam::SensitiveKind::Iret {
+                    self.retract_transitions(number);
+                }
+                origin = Origin::Gate(kind);
+            }
+            _ => {
+                if let Some(found) = self.joint_code.locate(regs.eip) {
+                    // Ring 3 that jumped among the trampolines by itself is where it says it is.
+                    if let Some((_, fix)) = found {
+                        origin = Origin::Trampoline { supervisor: fix.supervisor };
+                        cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(world));
+                    }
+                } else if world.vcpu_read(vp::CPL) != 3 {
+                    match self.kernel_code.locate(regs.eip) {
+                        Location::Trampoline { fix, .. } => {
+                            origin = Origin::Trampoline { supervisor: fix.supervisor };
+                            cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(world));
+                        }
+                        Location::PatchStart(id) => {
+                            // At the slot of a short jump the guest's EIP is the start of the window.
+                            if let Some(patch) = self.kernel_code.patm.get(id) {
+                                cpu.eip = patch.start.0;
+                            }
+                        }
+                        Location::Stray => {
+                            // The guest's own code lies where our trampolines are.
+                            self.relocate(m)?;
+                        }
+                        _ => {}
+                    }
+                } else if let Location::Trampoline { fix, .. } = self.kernel_code.locate(regs.eip)
+                    && fix.cpl == Some(3)
+                {
+                    // The end of an `iret` to ring 3.
+                    origin = Origin::Trampoline { supervisor: fix.supervisor };
+                    cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(world));
+                }
+            }
         }
-        self.read_back_kernel(cpu, m, number, regs, exit)
+        let cpl = if self.kernels[number].world.vcpu_read(vp::CPL) == 3 { 3 } else { 0 };
+        if cpl != cpu.cpl {
+            let (cs, ss) = match cpl {
+                3 => (self.transitions.user_cs, self.transitions.user_ss),
+                _ => (self.transitions.kernel_cs, self.entry_ss),
+            };
+            (cpu.seg[seg::CS], cpu.seg[seg::SS]) = (cs, ss);
+            // What ring 3 had in the hardware it had clear (else the transition was not done in line); ring 3 runs with
+            // IF set.
+            cpu.eflags &= !(eflags::NT | eflags::AC | eflags::ID);
+            cpu.eflags |= eflags::IF;
+            cpu.cpl = cpl;
+        }
+        let regs = HwRegs { eflags: flags, ..*regs };
+        if cpl == 3 {
+            self.read_back_joint_user(cpu, m, number, &regs, origin, exit)
+        } else {
+            self.read_back_kernel(cpu, m, number, &regs, origin, exit)
+        }
+    }
+
+    /// Takes over the state of ring 3 in a joint world.
+    fn read_back_joint_user(
+        &mut self,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        number: usize,
+        regs: &HwRegs,
+        origin: Origin,
+        exit: WorldExit,
+    ) -> Result<After, RawError> {
+        let mut regs = *regs;
+        let word =
+            |this: &Self, at: u32, i: usize| this.kernels[number].world.vcpu_read(at + 4 * i as u32) as u16;
+        let below = self.boundary;
+        let Transitions { user_cs, user_ss, .. } = self.transitions;
+        let mut expected = [0; 6];
+        expected[seg::CS] = self.descriptors.selector(&user_cs, true, &self.layout, below);
+        expected[seg::SS] = self.descriptors.selector(&user_ss, false, &self.layout, below);
+        for i in [seg::ES, seg::DS, seg::FS, seg::GS] {
+            expected[i] = word(self, vp::HOST_RING3, i);
+            // What trampolines loaded since the world was entered.
+            let (selector, full) = (word(self, vp::SELECTORS, i), word(self, vp::HOST_RING0, i));
+            if let Some(segment) = self.segment_loaded(cpu.seg[i], selector, full) {
+                cpu.seg[i] = segment;
+            } else if selm::load_segment(cpu, m, i, selector).is_err() {
+                cpu.seg[i] = Segment { selector, ..Segment::default() };
+            }
+        }
+        match origin {
+            Origin::Code => {}
+            Origin::Gate(_) => {
+                // The gate leaves no CS behind.
+                regs.sel[seg::CS] = expected[seg::CS];
+            }
+            // Rolled back, or rolled forward: what the registers hold in the middle of a trampoline means nothing.
+            Origin::Trampoline { .. } => regs.sel = expected,
+        }
+        match (origin, exit) {
+            (Origin::Gate(_), _) => {
+                let (eip, flags) = (cpu.eip, regs.eflags);
+                self.user_flags(cpu, flags);
+                self.last =
+                    ExitRecord { cause: Cause::Sensitive, route: Route::FarExit, eip, cpl: 3, raw: exit };
+                Ok(self
+                    .user_selectors(cpu, m, &regs, expected)
+                    .map_or_else(|trap| After::Deliver(Event::Exception(trap)), |_| After::Interpret))
+            }
+            (Origin::Trampoline { supervisor: true }, WorldExit::Fault { vector: 14, error_code, cr2 }) => {
+                self.user_flags(cpu, regs.eflags);
+                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, error_code, cr2, exit)
+            }
+            _ => self.read_back_user(cpu, m, Place::Kernel(number), &regs, expected, exit),
+        }
     }
 
     fn read_back_kernel(
@@ -31,53 +175,13 @@ impl RawEngine {
         m: &mut Machine,
         number: usize,
         regs: &HwRegs,
+        origin: Origin,
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        let mut flags = regs.eflags;
-        let mut site_reached = false;
-        let mut committed_sti = false;
-        let mut in_trampoline = false;
-        match exit {
-            WorldExit::Gate { reason } => match self.kernel_code.patm.by_reason(reason) {
-                Some((_, site, kind)) => match kind {
-                    ReasonKind::Emulate => {
-                        cpu.eip = site.at.0;
-                        site_reached = true;
-                    }
-                    ReasonKind::PendingAfterSti => {
-                        cpu.eip = site.next().0;
-                        committed_sti = true;
-                    }
-                    ReasonKind::PendingAfterPopf => cpu.eip = site.next().0,
-                    ReasonKind::PendingAfterIret => {
-                        cpu.eip = self.kernels[number].world.vcpu_read(vp::SCRATCH_TARGET);
-                    }
-                },
-                None => {
-                    return Err(
-                        WorldError::Died(format!("it left with the unknown reason {reason:#x}")).into()
-                    );
-                }
-            },
-            _ => match self.kernel_code.locate(regs.eip) {
-                Location::Trampoline { fix, .. } => {
-                    in_trampoline = true;
-                    cpu.eip =
-                        fix.apply(&mut cpu.gpr, &mut flags, &mut Words(self.kernels[number].world.as_mut()));
-                }
-                Location::PatchStart(id) => {
-                    // At the slot of a short jump the guest's EIP is the start of the window.
-                    if let Some(patch) = self.kernel_code.patm.get(id) {
-                        cpu.eip = patch.start.0;
-                    }
-                }
-                Location::Stray => {
-                    // The guest's own code lies where our trampolines are.
-                    self.relocate(m)?;
-                }
-                _ => {}
-            },
-        }
+        let flags = regs.eflags;
+        let in_trampoline = matches!(origin, Origin::Trampoline { .. });
+        let committed_sti = origin == Origin::Gate(ReasonKind::PendingAfterSti);
+        let site_reached = origin == Origin::Gate(ReasonKind::Emulate);
         if !in_trampoline
             && !matches!(exit, WorldExit::Gate { .. })
             && self.kernel_code.is_mid_instruction(&self.code, GuestLin(cpu.eip))
@@ -132,7 +236,7 @@ impl RawEngine {
                 Ok(After::Interpret)
             }
             WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, Place::Kernel(number), error_code, cr2, exit)
+                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, error_code, cr2, exit)
             }
             WorldExit::Fault { vector: 13, .. } => {
                 if !in_trampoline {
@@ -214,10 +318,7 @@ impl RawEngine {
         expected: [u16; 6],
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        // `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.
-        let native = USER_FLAGS | eflags::TF;
-        cpu.eflags = (cpu.eflags & !(native | eflags::RF)) | (regs.eflags & native) | eflags::FIXED;
-        let mut reloaded = false;
+        self.user_flags(cpu, regs.eflags);
         let (cs, eip) = (regs.sel[seg::CS], cpu.eip);
         if cs != expected[seg::CS] {
             // A far transfer to a selector behind which the host has a code segment; what has the guest there?
@@ -229,24 +330,14 @@ impl RawEngine {
                 Err(trap) => After::Deliver(Event::Exception(trap)),
             });
         }
-        for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
-            if regs.sel[i] == expected[i] {
-                continue;
-            }
-            // Guest code loaded the register itself; the host found something behind the number.
-            reloaded = true;
-            let selector = regs.sel[i];
-            if let Err(trap) = selm::load_segment(cpu, m, i, selector) {
-                self.last = ExitRecord {
-                    cause: Cause::Segment,
-                    route: Route::Signal,
-                    eip: cpu.eip,
-                    cpl: cpu.cpl,
-                    raw: exit,
-                };
+        let reloaded = match self.user_selectors(cpu, m, regs, expected) {
+            Ok(reloaded) => reloaded,
+            Err(trap) => {
+                self.last =
+                    ExitRecord { cause: Cause::Segment, route: Route::Signal, eip, cpl: cpu.cpl, raw: exit };
                 return Ok(After::Deliver(Event::Exception(trap)));
             }
-        }
+        };
         let eip = cpu.eip;
         let mut record = |cause| {
             self.last = ExitRecord { cause, route: Route::Signal, eip, cpl: 3, raw: exit };
@@ -268,7 +359,7 @@ impl RawEngine {
                 Ok(After::Interpret)
             }
             WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, place, error_code, cr2, exit)
+                self.page_fault(cpu, m, place, Privilege::User, error_code, cr2, exit)
             }
             WorldExit::Fault { vector: 13, .. } => {
                 let lin = GuestLin(cpu.linear_eip());
@@ -276,9 +367,14 @@ impl RawEngine {
                     Place::Kernel(i) => self.kernels[i].code.get(lin),
                     Place::User(i) => self.users[i].code.get(lin),
                 };
-                if pfn.mapped() && self.user_code.is_unscanned(lin, pfn.pfn()) {
+                let copies = match place {
+                    Place::Kernel(_) => &mut self.joint_code,
+                    Place::User(_) => &mut self.user_code,
+                };
+                if pfn.mapped() && copies.is_unscanned(lin, pfn.pfn()) {
                     record(Cause::Scan);
-                    let found = self.user_code.scan(m, cpu, &self.code, lin, pfn.pfn());
+                    let found = copies.scan(m, cpu, &self.code, lin, pfn.pfn());
+                    self.settle_code()?;
                     return Ok(if found { After::Continue } else { After::Interpret });
                 }
                 record(Cause::Sensitive);
@@ -291,19 +387,44 @@ impl RawEngine {
         }
     }
 
+    /// EFLAGS of ring 3. `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.
+    fn user_flags(&mut self, cpu: &mut CpuState, flags: u32) {
+        let native = USER_FLAGS | eflags::TF;
+        cpu.eflags = (cpu.eflags & !(native | eflags::RF)) | (flags & native) | eflags::FIXED;
+    }
+
+    /// Takes over the segment registers that ring 3 loaded by itself, with what the guest's tables have behind the
+    /// numbers. Says whether there were any.
+    fn user_selectors(
+        &mut self,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        regs: &HwRegs,
+        expected: [u16; 6],
+    ) -> Result<bool, Trap> {
+        let mut reloaded = false;
+        for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
+            if regs.sel[i] != expected[i] {
+                reloaded = true;
+                selm::load_segment(cpu, m, i, regs.sel[i])?;
+            }
+        }
+        Ok(reloaded)
+    }
+
     /// A page fault in a world: ours to fill, the guest's to see, or an access that must be interpreted.
     pub(super) fn page_fault(
         &mut self,
         cpu: &mut CpuState,
         m: &mut Machine,
         place: Place,
+        privilege: Privilege,
         error_code: u32,
         cr2: u32,
         exit: WorldExit,
     ) -> Result<After, RawError> {
-        let supervisor = cpu.cpl != 3;
+        let supervisor = privilege == Privilege::Supervisor;
         let kernel_world = matches!(place, Place::Kernel(_));
-        let privilege = if supervisor { Privilege::Supervisor } else { Privilege::User };
         let (eip, cpl) = (cpu.eip, cpu.cpl);
         let after = |this: &mut Self, cause, after| {
             this.last = ExitRecord { cause, route: Route::Signal, eip, cpl, raw: exit };

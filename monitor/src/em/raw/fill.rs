@@ -29,10 +29,14 @@ impl RawEngine {
         leaf: &Leaf,
     ) -> Result<(), RawError> {
         let pfn = (leaf.frame.0 >> 12) as u32;
-        let mut view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+        let copies = |this: &mut Self, m: &mut Machine| match place {
+            Place::Kernel(_) => this.joint_code.view(m, cpu, &this.code, lin, pfn),
+            Place::User(_) => this.user_code.view(m, cpu, &this.code, lin, pfn),
+        };
+        let mut view = copies(self, m);
         if matches!(view, user_code::View::NoMemory) {
             self.recycle_code(m)?;
-            view = self.user_code.view(m, cpu, &self.code, lin, pfn);
+            view = copies(self, m);
         }
         let backing = match view {
             user_code::View::Direct => Backing::Ram(leaf.frame.0),
@@ -67,9 +71,8 @@ impl RawEngine {
         if large && supervisor {
             let region = lin.0 & !0x1f_ffff;
             let ours = |l: &Layout| {
-                let tramp = l.tramp_as_data();
-                [l.vcpu, l.gate, tramp].iter().any(|a| a & !0x1f_ffff == region)
-                    || region.wrapping_sub(tramp) < TRAMP_LEN
+                [l.vcpu, l.gate, l.tramp_as_data()].iter().any(|a| a & !0x1f_ffff == region)
+                    || l.behind_trampolines(GuestLin(region))
             };
             // The guest has memory right where we sit, and reads there would not fault.
             if ours(&self.layout) && self.moves < MAX_MOVES {

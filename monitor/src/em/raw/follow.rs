@@ -13,6 +13,7 @@ impl RawEngine {
             for w in writes {
                 self.kernel_code.code_written(m, &self.code, w.at, w.len);
                 self.user_code.code_written(m, &self.code, w.at);
+                self.joint_code.code_written(m, &self.code, w.at);
             }
             self.settle_code()?;
         }
@@ -100,7 +101,10 @@ impl RawEngine {
     /// Carries out in the worlds what the code views decided: new trampoline pages, frames that became code, copies
     /// that are gone.
     pub(super) fn settle_code(&mut self) -> Result<(), RawError> {
-        for (lin, offset) in std::mem::take(&mut self.kernel_code.new_trampolines) {
+        for (lin, offset) in std::mem::take(&mut self.kernel_code.new_trampolines)
+            .into_iter()
+            .chain(std::mem::take(&mut self.joint_code.new_trampolines))
+        {
             self.map_trampoline(lin, offset)?;
         }
         for lin in std::mem::take(&mut self.kernel_code.dropped) {
@@ -112,6 +116,7 @@ impl RawEngine {
         for pfn in std::mem::take(&mut self.kernel_code.newly_tracked)
             .into_iter()
             .chain(std::mem::take(&mut self.user_code.newly_tracked))
+            .chain(std::mem::take(&mut self.joint_code.newly_tracked))
         {
             let layout = self.layout;
             for space in self.spaces() {
@@ -120,12 +125,17 @@ impl RawEngine {
                 }
             }
         }
+        let layout = self.layout;
+        let shown =
+            |space: &Space, lin, pfn| space.code.get(lin).mapped() && space.code.get(lin).pfn() == pfn;
         for (lin, pfn) in std::mem::take(&mut self.user_code.dropped) {
-            let layout = self.layout;
-            for space in self.spaces().filter(|s| s.role != Role::Supervisor) {
-                if space.code.get(lin).mapped() && space.code.get(lin).pfn() == pfn {
-                    space.drop_code(lin, &layout)?;
-                }
+            for space in self.users.iter_mut().filter(|s| shown(s, lin, pfn)) {
+                space.drop_code(lin, &layout)?;
+            }
+        }
+        for (lin, pfn) in std::mem::take(&mut self.joint_code.dropped) {
+            for space in self.kernels.iter_mut().filter(|s| shown(s, lin, pfn)) {
+                space.drop_code(lin, &layout)?;
             }
         }
         Ok(())

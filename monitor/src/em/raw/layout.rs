@@ -13,7 +13,7 @@ use host_driver_shim::world::WorldLin;
 pub struct Layout {
     /// Base of the data segments: the guest's data at linear L is at L + delta (mod 4 GiB) in the world.
     pub delta: u32,
-    /// First trampoline address, a code address. 16 MiB aligned.
+    /// First address of the trampolines of ring-0 code, a code address. 16 MiB aligned.
     pub tramp: u32,
     /// The vCPU page, as a guest data address (in the world at `vcpu + delta`).
     pub vcpu: u32,
@@ -21,8 +21,10 @@ pub struct Layout {
     pub gate: u32,
 }
 
-/// Bytes reserved for trampolines.
+/// Bytes reserved for trampolines of ring-0 code.
 pub const TRAMP_LEN: u32 = 16 << 20;
+/// Bytes reserved for trampolines of ring-3 code, right in front of them.
+pub const USER_TRAMP_LEN: u32 = 2 << 20;
 
 impl Layout {
     /// The arrangements tried in turn when one collides with what the guest maps. The first suits the usual 3:1 split:
@@ -44,7 +46,10 @@ impl Layout {
     #[must_use]
     pub fn near(self, top: u8) -> Layout {
         let place = self.data(GuestLin(self.vcpu)).0;
-        let fits = |base: &u32| *base < 0xc000_0000 && place.wrapping_sub(*base) >= TRAMP_LEN;
+        let fits = |base: &u32| {
+            let first = base.wrapping_sub(USER_TRAMP_LEN);
+            *base < 0xc000_0000 && place.wrapping_sub(first) >= USER_TRAMP_LEN + TRAMP_LEN
+        };
         match patm::good_bases(top).find(fits) {
             Some(tramp) => Layout { tramp, ..self },
             None => self,
@@ -76,20 +81,30 @@ impl Layout {
     pub fn code_in_place_of(&self, lin: GuestLin) -> GuestLin {
         self.guest_of_code(self.data(lin))
     }
-    /// First guest data address whose place the trampolines take.
+    /// First address of the trampolines of ring-3 code, a code address.
+    #[must_use]
+    pub fn user_tramp(&self) -> u32 {
+        self.tramp.wrapping_sub(USER_TRAMP_LEN)
+    }
+    /// First guest data address whose place trampolines (of either ring) take.
     #[must_use]
     pub fn tramp_as_data(&self) -> u32 {
-        self.guest_of_data(self.code(GuestLin(self.tramp))).0
+        self.guest_of_data(self.code(GuestLin(self.user_tramp()))).0
     }
     /// `lin` lies among the trampolines (as a code address).
     #[must_use]
     pub fn in_trampolines(&self, lin: GuestLin) -> bool {
-        lin.0.wrapping_sub(self.tramp) < TRAMP_LEN
+        lin.0.wrapping_sub(self.user_tramp()) < USER_TRAMP_LEN + TRAMP_LEN
+    }
+    /// `lin` as data lies where the trampolines are.
+    #[must_use]
+    pub fn behind_trampolines(&self, lin: GuestLin) -> bool {
+        lin.0.wrapping_sub(self.tramp_as_data()) < USER_TRAMP_LEN + TRAMP_LEN
     }
     /// A data access at `lin` would hit the vCPU page, the gate or the trampolines.
     #[must_use]
     pub fn reserved(&self, lin: GuestLin) -> bool {
         let page = lin.0 & !0xfff;
-        page == self.vcpu || page == self.gate || lin.0.wrapping_sub(self.tramp_as_data()) < TRAMP_LEN
+        page == self.vcpu || page == self.gate || self.behind_trampolines(lin)
     }
 }

@@ -34,8 +34,9 @@ use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{Backing, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
 pub use joint::Isolation;
 use kernel_code::KernelCode;
-use layout::{Layout, TRAMP_LEN};
+use layout::Layout;
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
+use segments::Transitions;
 use space::{Descriptors, Role, Space};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
@@ -247,8 +248,14 @@ pub struct RawEngine {
     clock: u64,
     /// The ring-0 code view.
     pub kernel_code: KernelCode,
-    /// Copied pages of ring-3 code.
+    /// Copied pages of ring-3 code in worlds of its own.
     pub user_code: UserCode,
+    /// Copied pages of ring-3 code in joint worlds, where system calls are patched.
+    pub joint_code: UserCode,
+    count_inline: bool,
+    transitions: Transitions,
+    /// The stack segment with which ring 0 begins after a system call done in line.
+    entry_ss: Segment,
     segment_cache: Vec<CacheSlot>,
     cache_version: u64,
     cache_generation: u32,
@@ -300,6 +307,10 @@ impl RawEngine {
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline),
             user_code: UserCode::default(),
+            joint_code: UserCode::patching(&layout, count_inline),
+            count_inline,
+            transitions: Transitions::default(),
+            entry_ss: Segment::default(),
             segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| CacheSlot::default()).collect(),
             cache_version: 0,
             cache_generation: 0,
@@ -543,9 +554,7 @@ impl RawEngine {
             }
         }
         self.publish_segment_cache(number)?;
-        if cpu.cpl == 0 {
-            self.publish_code_segment(number, cpu, m);
-        }
+        self.publish_transitions(number, cpu, m)?;
         let w = &mut self.kernels[number].world;
         w.vcpu_write(vp::CPL, u32::from(cpu.cpl));
         w.vcpu_write(vp::IF_FLAG, cpu.eflags & eflags::IF);
@@ -713,7 +722,7 @@ mod tests {
     fn layouts_keep_our_own_pages_apart() {
         for l in Layout::CANDIDATES {
             let tramp = l.tramp_as_data();
-            assert!(l.vcpu.wrapping_sub(tramp) >= TRAMP_LEN && l.gate.wrapping_sub(tramp) >= TRAMP_LEN);
+            assert!([l.vcpu, l.gate].iter().all(|a| !l.behind_trampolines(GuestLin(*a))));
             assert_eq!(l.tramp & 0xff_ffff, 0);
             assert!(
                 l.reserved(GuestLin(l.vcpu)) && l.reserved(GuestLin(l.gate)) && l.reserved(GuestLin(tramp))

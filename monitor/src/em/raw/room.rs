@@ -8,7 +8,7 @@ impl RawEngine {
         let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
         let world = &mut self.kernels[number].world;
         world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
-        for (lin, offset) in self.kernel_code.trampoline_pages() {
+        for (lin, offset) in self.kernel_code.trampoline_pages().chain(self.joint_code.trampoline_pages()) {
             let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
             world.map(at, 0x1000, Backing::Code(offset), prot)?;
         }
@@ -33,6 +33,7 @@ impl RawEngine {
             self.furnish(i)?;
         }
         self.kernel_code.new_trampolines.clear();
+        self.joint_code.new_trampolines.clear();
         self.boundary = None;
         self.forget_segment_cache();
         Ok(())
@@ -45,6 +46,7 @@ impl RawEngine {
         self.moves += 1;
         log::info!("reservations move to {:x?}", self.layout);
         self.kernel_code.reset(m, &self.code, self.layout);
+        self.joint_code.reset(m, &self.code, &self.layout, self.count_inline);
         self.clear_all()
     }
 
@@ -103,7 +105,8 @@ impl RawEngine {
     pub(super) fn recycle_code(&mut self, m: &mut Machine) -> Result<(), RawError> {
         log::info!("code memory is used up: all copies are made anew");
         self.kernel_code.reset(m, &self.code, self.layout);
-        self.user_code.reset(m, &self.code);
+        self.user_code.reset(m, &self.code, &self.layout, self.count_inline);
+        self.joint_code.reset(m, &self.code, &self.layout, self.count_inline);
         self.clear_all()
     }
 

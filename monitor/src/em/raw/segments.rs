@@ -3,12 +3,73 @@
 
 use super::*;
 
-/// What a vCPU page was last told of the code `iret` may return to.
+/// What is known of the guest's ring transitions: the segments its rings run with and the vector of its system calls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Transitions {
+    pub kernel_cs: Segment,
+    pub user_cs: Segment,
+    pub user_ss: Segment,
+    pub vector: Option<u8>,
+}
+
+/// What a vCPU page was last told of transitions, and on what grounds: the same grounds, the same words. Trampolines
+/// compare the guest's tables with what they were then.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Published {
-    cs: Segment,
+    transitions: Transitions,
     gdt: (u32, u16),
+    idt: (u32, u16),
+    tss: u32,
+    cr0: u32,
+    cr4: u32,
+    breakpoints: bool,
+    boundary: Option<u32>,
+    tainted: bool,
+    generation: u32,
 }
+
+/// The eight bytes of a descriptor table entry that trampolines compare.
+struct Expected {
+    at: u32,
+    low: u32,
+    high: u32,
+}
+
+struct UserSegments {
+    cs: Expected,
+    cs_host: u16,
+    ss: Expected,
+    ss_host: u16,
+}
+
+struct SystemCallGate {
+    vector: u8,
+    gate: Expected,
+    target: u32,
+    if_mask: u32,
+    ss: Expected,
+    segment: Segment,
+    ss_host: u16,
+}
+
+fn entry(cpu: &CpuState, m: &mut Machine, at: GuestLin) -> Option<(Expected, [u8; 8])> {
+    let mut bytes = [0u8; 8];
+    m.read(cpu, at, &mut bytes, Privilege::Supervisor).ok()?;
+    let [a, b, c, d, e, f, g, h] = bytes;
+    let (low, high) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+    Some((Expected { at: at.0, low, high }, bytes))
+}
+
+/// The descriptor of a segment that is loaded, if loading it again would change nothing, not even the table.
+fn descriptor(cpu: &CpuState, m: &mut Machine, s: &Segment) -> Option<Expected> {
+    let (expected, bytes) = entry(cpu, m, selm::descriptor::address(cpu, s.selector)?)?;
+    let now = selm::descriptor::Descriptor::from_bytes(bytes).segment(s.selector);
+    let accessed = bytes[5] & 1 != 0;
+    (accessed && now == *s).then_some(expected)
+}
+
+/// EFLAGS.RF.
+const RF: u32 = 1 << 16;
 
 impl RawEngine {
     pub(super) fn forget_segment_cache(&mut self) {
@@ -45,40 +106,185 @@ impl RawEngine {
             w.vcpu_write(base, c.bytes[0]);
             w.vcpu_write(base + 4, c.bytes[1]);
             w.vcpu_write(base + 8, u32::from(c.host));
-            w.vcpu_write(base + 12, 1);
+            w.vcpu_write(base + 12, 1 | u32::from(c.host_ring3) << 16);
         }
         space.cache_version = self.cache_version;
         Ok(())
     }
 
-    /// Tells trampolines to which CS `iret` may return without asking: the one that runs, if loading it again as the
-    /// guest's table is now would change nothing.
-    pub(super) fn publish_code_segment(&mut self, number: usize, cpu: &CpuState, m: &mut Machine) {
-        let cs = cpu.seg[seg::CS];
-        let now = Published { cs, gdt: (cpu.gdtr.base, cpu.gdtr.limit) };
-        if self.kernels[number].published == Some(now) {
-            return;
+    /// Ring 3 makes system calls by this vector.
+    pub fn note_system_call(&mut self, vector: u8) {
+        self.transitions.vector = Some(vector);
+    }
+
+    /// A transition was left to the monitor: something is not as it was when the worlds were told.
+    pub(super) fn retract_transitions(&mut self, number: usize) {
+        self.kernels[number].published = None;
+    }
+
+    /// Tells trampolines which ring transitions they may do: `iret` to the code that runs (`IRET_*`), and in a joint
+    /// world `iret` to ring 3 (`USER_*`) and its system calls (`GATE_*`).
+    pub(super) fn publish_transitions(
+        &mut self,
+        number: usize,
+        cpu: &CpuState,
+        m: &mut Machine,
+    ) -> Result<(), WorldError> {
+        if cpu.cpl == 0 {
+            self.transitions.kernel_cs = cpu.seg[seg::CS];
+        } else {
+            self.transitions.user_cs = cpu.seg[seg::CS];
+            self.transitions.user_ss = cpu.seg[seg::SS];
         }
-        let flat = cs.base == 0 && cs.limit == u32::MAX && cs.selector & 7 == 0;
-        let descriptor = selm::descriptor::address(cpu, cs.selector).filter(|_| flat).and_then(|at| {
-            let mut bytes = [0u8; 8];
-            m.read(cpu, at, &mut bytes, Privilege::Supervisor).ok()?;
-            let now = selm::descriptor::Descriptor::from_bytes(bytes).segment(cs.selector);
-            let accessed = bytes[5] & 1 != 0; // else loading it would write the table
-            (accessed && now == cs).then_some((at, bytes))
-        });
-        let space = &mut self.kernels[number];
-        let w = &mut space.world;
-        let Some((at, [a, b, c, d, e, f, g, h])) = descriptor else {
-            w.vcpu_write(vp::IRET_CS, vp::IRET_NOWHERE);
-            space.published = None;
-            return;
+        let joint = matches!(self.kernels[number].role, Role::Joint { .. });
+        let grounds = Published {
+            transitions: self.transitions,
+            gdt: (cpu.gdtr.base, cpu.gdtr.limit),
+            idt: (cpu.idtr.base, cpu.idtr.limit),
+            tss: cpu.tr.base,
+            cr0: cpu.cr0 & (cr0::TS | cr0::EM | cr0::WP),
+            cr4: cpu.cr4 & cr4::TSD,
+            breakpoints: cpu.dr[7] & 0xff != 0,
+            boundary: self.boundary.filter(|_| joint),
+            tainted: self.kernels[number].tainted,
+            generation: self.descriptors.generation,
         };
-        w.vcpu_write(vp::IRET_DESC_AT, at.0);
-        w.vcpu_write(vp::IRET_DESC_LOW, u32::from_le_bytes([a, b, c, d]));
-        w.vcpu_write(vp::IRET_DESC_HIGH, u32::from_le_bytes([e, f, g, h]));
-        w.vcpu_write(vp::IRET_CS, u32::from(cs.selector));
-        space.published = Some(now);
+        if self.kernels[number].published == Some(grounds) {
+            return Ok(());
+        }
+        let kernel_cs = self.transitions.kernel_cs;
+        let flat_kernel = kernel_cs.is_flat() && kernel_cs.present() && kernel_cs.selector & 7 == 0;
+        let kernel = if flat_kernel { descriptor(cpu, m, &kernel_cs) } else { None };
+        let user = grounds
+            .boundary
+            .filter(|_| !grounds.tainted && grounds.cr0 == cr0::WP && grounds.cr4 == 0 && kernel.is_some());
+        let user = user.and_then(|boundary| self.user_segments(boundary, cpu, m));
+        let gate = user.as_ref().and_then(|_| self.system_call_gate(cpu, m));
+        let mut host = Vec::new();
+        if let Some(u) = &user {
+            host.extend([u.cs_host, u.ss_host]);
+        }
+        if let Some(g) = &gate {
+            host.push(g.ss_host);
+        }
+        if self.descriptors.generation != grounds.generation {
+            // The numbering of descriptors started afresh on the way: at the next entry, then.
+            return Ok(());
+        }
+        let space = &mut self.kernels[number];
+        for selector in host {
+            space.install(&self.descriptors, selector)?;
+        }
+        let w = &mut space.world;
+        let mut put = |words: &[(u32, u32)]| words.iter().for_each(|&(at, value)| w.vcpu_write(at, value));
+        put(&[(vp::IRET_REFUSES, if grounds.breakpoints { RF } else { 0 }), (vp::GATE_READY, 0)]);
+        match &kernel {
+            Some(d) => put(&[
+                (vp::IRET_DESC_AT, d.at),
+                (vp::IRET_DESC_LOW, d.low),
+                (vp::IRET_DESC_HIGH, d.high),
+                (vp::IRET_CS, u32::from(kernel_cs.selector)),
+            ]),
+            None => put(&[(vp::IRET_CS, vp::IRET_NOWHERE)]),
+        }
+        match &user {
+            Some(u) => put(&[
+                (vp::USER_CS_DESC_AT, u.cs.at),
+                (vp::USER_CS_DESC_LOW, u.cs.low),
+                (vp::USER_CS_DESC_HIGH, u.cs.high),
+                (vp::USER_CS_HOST + 4, u32::from(u.cs_host)),
+                (vp::USER_SS_DESC_AT, u.ss.at),
+                (vp::USER_SS_DESC_LOW, u.ss.low),
+                (vp::USER_SS_DESC_HIGH, u.ss.high),
+                (vp::USER_SS_HOST + 4, u32::from(u.ss_host)),
+                (vp::USER_SS, u32::from(self.transitions.user_ss.selector)),
+                (vp::USER_CS, u32::from(self.transitions.user_cs.selector)),
+            ]),
+            None => put(&[(vp::USER_CS, vp::IRET_NOWHERE)]),
+        }
+        if let Some(g) = &gate {
+            put(&[
+                (vp::GATE_VECTOR, u32::from(g.vector)),
+                (vp::GATE_AT, g.gate.at),
+                (vp::GATE_LOW, g.gate.low),
+                (vp::GATE_HIGH, g.gate.high),
+                (vp::GATE_IF_MASK, g.if_mask),
+                (vp::GATE_CS, u32::from(kernel_cs.selector)),
+                (vp::TSS_ESP0_AT, cpu.tr.base.wrapping_add(4)),
+                (vp::KERNEL_SS, u32::from(g.segment.selector)),
+                (vp::KERNEL_SS_DESC_AT, g.ss.at),
+                (vp::KERNEL_SS_DESC_LOW, g.ss.low),
+                (vp::KERNEL_SS_DESC_HIGH, g.ss.high),
+                (vp::KERNEL_SS_HOST + 4, u32::from(g.ss_host)),
+                (vp::GATE_TARGET, g.target),
+                (vp::KERNEL_CS_HOST + 4, u32::from(space::HOST_CODE32)),
+                (vp::GATE_READY, 1),
+            ]);
+            self.entry_ss = g.segment;
+        }
+        self.kernels[number].published = Some(grounds);
+        Ok(())
+    }
+
+    /// What `iret` to ring 3 needs, if it may be done in line.
+    fn user_segments(&mut self, boundary: u32, cpu: &CpuState, m: &mut Machine) -> Option<UserSegments> {
+        let Transitions { user_cs, user_ss, .. } = self.transitions;
+        let flat = |s: &Segment| s.is_flat() && s.big() && s.present() && s.selector & 7 == 3;
+        if !flat(&user_cs) || !flat(&user_ss) {
+            return None;
+        }
+        Some(UserSegments {
+            cs: descriptor(cpu, m, &user_cs)?,
+            cs_host: self.descriptors.selector(&user_cs, true, &self.layout, Some(boundary)),
+            ss: descriptor(cpu, m, &user_ss)?,
+            ss_host: self.descriptors.selector(&user_ss, false, &self.layout, Some(boundary)),
+        })
+    }
+
+    /// What a system call of ring 3 needs, if it may be done in line: a 32-bit gate of DPL 3 to the running ring-0 code,
+    /// and a 32-bit TSS that names a flat stack.
+    fn system_call_gate(&mut self, cpu: &CpuState, m: &mut Machine) -> Option<SystemCallGate> {
+        const GATE_END: u32 = 7;
+        const TSS32_END: u32 = 0x67;
+        let vector = self.transitions.vector?;
+        let index = u32::from(vector) * 8;
+        if index + GATE_END > u32::from(cpu.idtr.limit) || cpu.tr.limit < TSS32_END {
+            return None;
+        }
+        let (gate, bytes) = entry(cpu, m, GuestLin(cpu.idtr.base.wrapping_add(index)))?;
+        let d = selm::descriptor::Descriptor::from_bytes(bytes);
+        let trap = match d.system_type() {
+            Some(0xe) => false,
+            Some(0xf) => true,
+            _ => return None,
+        };
+        let target = d.gate_offset();
+        if !d.present() || d.dpl() != 3 || d.gate_selector() & !3 != self.transitions.kernel_cs.selector {
+            return None;
+        }
+        // TSS types 9 and 11 are the 32-bit ones (SDM Vol. 3A, table 3-2).
+        if !matches!(cpu.tr.attr.type_bits(), 9 | 11) {
+            return None;
+        }
+        let mut word = [0u8; 2];
+        m.read(cpu, GuestLin(cpu.tr.base.wrapping_add(8)), &mut word, Privilege::Supervisor).ok()?;
+        let selector = u16::from_le_bytes(word);
+        if selector & 7 != 0 || selector == 0 {
+            return None;
+        }
+        let (ss, bytes) = entry(cpu, m, selm::descriptor::address(cpu, selector)?)?;
+        let d = selm::descriptor::Descriptor::from_bytes(bytes);
+        let segment = d.segment(selector);
+        let accessed = bytes[5] & 1 != 0;
+        if !accessed || !d.present() || !d.is_writable_data() || d.dpl() != 0 {
+            return None;
+        }
+        if !segment.is_flat() || !segment.big() {
+            return None;
+        }
+        let ss_host = self.descriptors.selector(&segment, false, &self.layout, None);
+        let if_mask = if trap { u32::MAX } else { 0 };
+        Some(SystemCallGate { vector, gate, target, if_mask, ss, segment, ss_host })
     }
 
     /// The interpreter has just loaded a segment register of ring 0: lets trampolines load the same selector.

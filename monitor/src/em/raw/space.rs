@@ -12,7 +12,7 @@ use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldEr
 use std::collections::HashMap;
 
 /// The host's own flat 32-bit code selector (GDT entry 4, RPL 3): base 0, limit 4 GiB.
-const HOST_CODE32: u16 = 0x23;
+pub const HOST_CODE32: u16 = 0x23;
 /// First LDT slot we use: high, so that the low selectors a guest's own LDT would have fault in a world.
 const FIRST_SLOT: u16 = 0x800;
 /// Slots in a host LDT (LDT_ENTRIES).

@@ -11,21 +11,32 @@
 //! before is copied as well.
 
 use super::kernel_code::{UNSCANNED, put};
+use super::layout::{Layout, USER_TRAMP_LEN};
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use std::collections::{HashMap, HashSet};
+use patm::{Config, Fix, UserPatch, UserPatcher};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Pages remembered as to be copied. Past this they are forgotten and found again.
 const MAX_FORCED: usize = 1 << 16;
+/// Copies kept. Past this the oldest goes: address-space randomisation shows a shared page at ever new addresses.
+const MAX_COPIES: usize = 2048;
 
 struct UserPage {
     offset: u64,
     map: CodeMap,
     bytes: Box<[u8; 4096]>,
+    /// Two streams of instructions overlap where a patch was: the page gets none any more.
+    unpatchable: bool,
+}
+
+/// What the patcher calls a copied page.
+fn key_of(number: u32, pfn: u32) -> u64 {
+    u64::from(number) << 32 | u64::from(pfn)
 }
 
 /// How a page is to be shown to instruction fetch.
@@ -43,6 +54,14 @@ pub enum View {
 #[derive(Default)]
 pub struct UserCode {
     pages: HashMap<(u32, u32), UserPage>,
+    /// Copied pages, oldest first; some may be gone.
+    order: VecDeque<(u32, u32)>,
+    /// For joint worlds: what makes system calls without an exit.
+    patcher: Option<UserPatcher>,
+    /// Trampoline page number to code memory.
+    trampolines: HashMap<u32, u64>,
+    /// Trampoline pages that no world has mapped yet.
+    pub new_trampolines: Vec<(GuestLin, u64)>,
     by_frame: HashMap<u32, Vec<u32>>,
     /// Pages to be copied though nothing in them asks for it.
     forced: HashSet<(u32, u32)>,
@@ -105,6 +124,79 @@ fn agreed_boundary(bytes: &[u8; 80]) -> Option<usize> {
 }
 
 impl UserCode {
+    /// For joint worlds with this layout.
+    #[must_use]
+    pub fn patching(layout: &Layout, count_inline: bool) -> UserCode {
+        let patcher = UserPatcher::new(Config {
+            tramp_base: layout.user_tramp(),
+            tramp_len: USER_TRAMP_LEN,
+            vcpu_base: layout.vcpu,
+            count_inline,
+        });
+        UserCode { patcher: Some(patcher), ..UserCode::default() }
+    }
+
+    /// Is `eip` in the memory of our trampolines? And if it is on a boundary of one, whose and what it stands for.
+    #[must_use]
+    pub fn locate(&self, eip: u32) -> Option<Option<(&UserPatch, Fix)>> {
+        let patcher = self.patcher.as_ref().filter(|p| p.owns(eip))?;
+        Some(patcher.locate(eip))
+    }
+
+    /// The `int n` whose trampoline left by the gate with this reason.
+    #[must_use]
+    pub fn by_reason(&self, word: u32) -> Option<&UserPatch> {
+        self.patcher.as_ref()?.by_reason(word)
+    }
+
+    /// Every trampoline page with its code memory.
+    pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
+        self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))
+    }
+
+    /// System calls that are patched now.
+    #[must_use]
+    pub fn patches(&self) -> usize {
+        self.patcher.as_ref().map_or(0, |p| p.patches().count())
+    }
+
+    fn write_trampoline(&mut self, code: &CodeMemory, start: u32, bytes: &[u8]) {
+        for (i, b) in bytes.iter().enumerate() {
+            let at = start.wrapping_add(i as u32);
+            let offset = match self.trampolines.get(&(at >> 12)) {
+                Some(o) => *o,
+                None => {
+                    let Some(o) = code.alloc() else { return };
+                    put(code, o, &[UNSCANNED; 4096]);
+                    self.trampolines.insert(at >> 12, o);
+                    self.new_trampolines.push((GuestLin(at & !0xfff), o));
+                    o
+                }
+            };
+            put(code, offset + u64::from(at & 0xfff), &[*b]);
+        }
+    }
+
+    /// Undoes the patches of a page; their trampolines trap.
+    fn unpatch(&mut self, code: &CodeMemory, key: (u32, u32)) {
+        let removed = self.patcher.as_mut().map(|p| p.remove(key_of(key.0, key.1))).unwrap_or_default();
+        for patch in removed {
+            self.write_trampoline(code, patch.trampoline.at, &vec![UNSCANNED; patch.trampoline.code.len()]);
+        }
+    }
+
+    /// Gives up one copy.
+    fn drop_page(&mut self, m: &mut Machine, code: &CodeMemory, key: (u32, u32)) {
+        let Some(page) = self.pages.remove(&key) else { return };
+        self.unpatch(code, key);
+        code.free(page.offset);
+        m.untrack(key.1);
+        if let Some(list) = self.by_frame.get_mut(&key.1) {
+            list.retain(|&n| n != key.0);
+        }
+        self.dropped.push((GuestLin(key.0 << 12), key.1));
+    }
+
     /// Number of copies.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -145,8 +237,17 @@ impl UserCode {
         if !self.forced.contains(&key) && !straddles && !bytes.windows(2).any(|w| candidate(w[0], w[1])) {
             return View::Direct;
         }
+        while self.pages.len() >= MAX_COPIES {
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.drop_page(m, code, oldest);
+        }
         let Some(offset) = code.alloc() else { return View::NoMemory };
         put(code, offset, &[UNSCANNED; 4096]);
+        if self.order.len() > 4 * MAX_COPIES {
+            let pages = &self.pages;
+            self.order.retain(|key| pages.contains_key(key));
+        }
+        self.order.push_back(key);
         if m.track(pfn) {
             self.newly_tracked.push(pfn);
         }
@@ -154,7 +255,8 @@ impl UserCode {
         self.by_frame.entry(pfn).or_default().push(lin.page_number());
         let head = self.head(m, cpu, lin.page_base());
         put(code, offset, &bytes[..head]);
-        self.pages.insert(key, UserPage { offset, map: CodeMap::new(CodeSize::Bits32), bytes });
+        let map = CodeMap::new(CodeSize::Bits32);
+        self.pages.insert(key, UserPage { offset, map, bytes, unpatchable: false });
         View::Copy(offset)
     }
 
@@ -238,6 +340,8 @@ impl UserCode {
                 put(code, page.offset + site.at.page_offset() as u64, &[UNSCANNED]);
             }
         }
+        let starts: Vec<GuestLin> = report.instructions.iter().map(|(at, _)| *at).collect();
+        self.patch(code, (lin.page_number(), pfn), &starts);
         let found = !report.instructions.is_empty();
         // The tail of an instruction that runs into the next page, if that one is a copy.
         let next = base.wrapping_add(0x1000);
@@ -256,27 +360,84 @@ impl UserCode {
         found
     }
 
-    /// Gives up every copy.
-    pub fn reset(&mut self, m: &mut Machine, code: &CodeMemory) {
+    /// Makes every system call of a copied page that can do without an exit do without. `new`: instructions just found.
+    fn patch(&mut self, code: &CodeMemory, key: (u32, u32), new: &[GuestLin]) {
+        let name = key_of(key.0, key.1);
+        let (Some(patcher), Some(page)) = (&mut self.patcher, self.pages.get_mut(&key)) else { return };
+        if page.unpatchable {
+            return;
+        }
+        let inside = |at: &GuestLin| {
+            patcher.at(name, at.0).is_some_and(|p| p.start != *at && p.forward(at.0).is_none())
+        };
+        if new.iter().any(inside) {
+            // The jump's bytes would be executed as something else.
+            page.unpatchable = true;
+            let windows: Vec<_> = patcher
+                .patches()
+                .filter(|p| p.key == name)
+                .map(|p| (p.start.page_offset(), p.write.bytes.len(), p.site))
+                .collect();
+            for (from, len, site) in windows {
+                put(code, page.offset + from as u64, &page.bytes[from..from + len]);
+                put(code, page.offset + site.page_offset() as u64, &[UNSCANNED]);
+            }
+            self.unpatch(code, key);
+            return;
+        }
+        let base = GuestLin(key.0 << 12);
+        let sites: Vec<GuestLin> = page
+            .map
+            .sites()
+            .filter(|s| s.kind == SensitiveKind::Int && s.at.page_base() == base)
+            .map(|s| s.at)
+            .collect();
+        let mut trampolines = Vec::new();
+        for site in sites {
+            let bytes = &page.bytes;
+            let fetch = |at: GuestLin, buf: &mut [u8]| {
+                if at.page_base() != base {
+                    return 0;
+                }
+                let n = buf.len().min(0x1000 - at.page_offset());
+                buf[..n].copy_from_slice(&bytes[at.page_offset()..at.page_offset() + n]);
+                n
+            };
+            match patcher.patch_int(name, &page.map, fetch, site) {
+                Ok(patch) => {
+                    put(code, page.offset + patch.write.at.page_offset() as u64, &patch.write.bytes);
+                    trampolines.push(patch.trampoline.clone());
+                }
+                Err(refusal) => log::debug!(target: "patches", "int at {site} of ring 3: {}", refusal.name()),
+            }
+        }
+        for t in trampolines {
+            self.write_trampoline(code, t.at, &t.code);
+        }
+    }
+
+    /// Gives up every copy and starts afresh at another layout.
+    pub fn reset(&mut self, m: &mut Machine, code: &CodeMemory, layout: &Layout, count_inline: bool) {
         for ((_, pfn), page) in self.pages.drain() {
             code.free(page.offset);
             m.untrack(pfn);
         }
-        self.by_frame.clear();
-        self.forced.clear();
-        self.newly_tracked.clear();
-        self.dropped.clear();
+        for (_, offset) in self.trampolines.drain() {
+            code.free(offset);
+        }
+        let (looked_at, copied) = (self.looked_at, self.copied);
+        let fresh = match self.patcher {
+            Some(_) => UserCode::patching(layout, count_inline),
+            None => UserCode::default(),
+        };
+        *self = UserCode { looked_at, copied, ..fresh };
     }
 
     /// A write hit a frame: its copies are given up and made anew when they are executed again.
     pub fn code_written(&mut self, m: &mut Machine, code: &CodeMemory, at: GuestPhys) {
         let pfn = (at.0 >> 12) as u32;
         for number in self.by_frame.remove(&pfn).unwrap_or_default() {
-            if let Some(page) = self.pages.remove(&(number, pfn)) {
-                code.free(page.offset);
-                m.untrack(pfn);
-                self.dropped.push((GuestLin(number << 12), pfn));
-            }
+            self.drop_page(m, code, (number, pfn));
         }
     }
 }
