@@ -48,6 +48,52 @@ impl RawEngine {
         let space = self.space(place);
         space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
         space.map_code(lin, leaf, backing, &layout)?;
+        self.map_user_code_around(m, cpu, place, lin)
+    }
+
+    /// Shows what else of ring 3's code lies around `lin`, as far as it needs no new copy and is in nobody's way.
+    fn map_user_code_around(
+        &mut self,
+        m: &mut Machine,
+        cpu: &CpuState,
+        place: Place,
+        lin: GuestLin,
+    ) -> Result<(), RawError> {
+        let layout = self.layout;
+        let first = lin.page_number() & !(AROUND - 1);
+        for page in (first..first + AROUND).filter(|p| *p != lin.page_number()) {
+            let at = GuestLin(page << 12);
+            let there = layout.guest_of_data(layout.code(at));
+            let space = self.space(place);
+            if layout.code(at).0 < LOW_LIMIT
+                || page == LAST_PAGE
+                || layout.in_trampolines(at)
+                || space.code.get(at).mapped()
+                || space.data.get(there).mapped()
+                || self.boundary.is_some_and(|b| at.0 >= b)
+            {
+                continue;
+            }
+            // Code is not written to as a rule; data pages next to it are not to be in anybody's way.
+            let executable =
+                |l: &Leaf| l.user && !l.no_execute && !l.writable && l.shift == 12 && m.is_ram(l.frame);
+            let Some(leaf) = peek(m, cpu, at).filter(executable) else { continue };
+            if Self::hides_behind_code(m, cpu, &layout, at, matches!(place, Place::Kernel(_))) {
+                continue;
+            }
+            let pfn = (leaf.frame.0 >> 12) as u32;
+            let copies = match place {
+                Place::Kernel(_) => &self.joint_code,
+                Place::User(_) => &self.user_code,
+            };
+            let backing = match copies.known_view(m, cpu, at, pfn) {
+                Some(user_code::View::Direct) => Backing::Ram(leaf.frame.0),
+                Some(user_code::View::Copy(offset)) => Backing::Code(offset),
+                _ => continue,
+            };
+            let Some(leaf) = prefetch(m, cpu, at) else { continue };
+            self.space(place).map_code(at, &leaf, backing, &layout)?;
+        }
         Ok(())
     }
 

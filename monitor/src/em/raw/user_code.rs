@@ -75,13 +75,13 @@ pub struct UserCode {
     pub copied: u64,
 }
 
-/// The second byte of a pair that makes a page a candidate; the first one is 0f or cd.
+/// Whether a pair of bytes makes a page a candidate. Without branches, so that [`has_candidate`] becomes vector code.
 fn candidate(first: u8, second: u8) -> bool {
-    match first {
-        0x0f => matches!(second, 0xa2 | 0x00..=0x03),
-        0xcd => second == 0x80,
-        _ => false,
-    }
+    (first == 0x0f) & ((second == 0xa2) | (second <= 3)) | (first == 0xcd) & (second == 0x80)
+}
+
+fn has_candidate(bytes: &[u8; 4096]) -> bool {
+    bytes.iter().zip(&bytes[1..]).fold(false, |found, (&a, &b)| found | candidate(a, b))
 }
 
 /// Whether the instruction must not run natively in ring 3.
@@ -209,6 +209,27 @@ impl UserCode {
         self.pages.is_empty()
     }
 
+    /// The page of `lin`, frame `pfn`, can be shown as it is, or its copy is known; None: it needs a copy.
+    pub fn known_view(&self, m: &Machine, cpu: &CpuState, lin: GuestLin, pfn: u32) -> Option<View> {
+        let key = (lin.page_number(), pfn);
+        if let Some(p) = self.pages.get(&key) {
+            return Some(View::Copy(p.offset));
+        }
+        let mut bytes = [0u8; 4096];
+        m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut bytes);
+        let straddles = matches!(bytes[4095], 0x0f | 0xcd) && self.straddles(m, cpu, lin, bytes[4095]);
+        (!self.forced.contains(&key) && !straddles && !has_candidate(&bytes)).then_some(View::Direct)
+    }
+
+    /// A pair begins with `last`, the last byte of the page of `lin`, and ends in the next, or that is not known.
+    fn straddles(&self, m: &Machine, cpu: &CpuState, lin: GuestLin, last: u8) -> bool {
+        peek(m, cpu, lin.page_base().wrapping_add(0x1000)).is_none_or(|l| {
+            let mut b = [0u8; 1];
+            m.read_ram(l.frame, &mut b);
+            candidate(last, b[0])
+        })
+    }
+
     /// How the page of `lin`, frame `pfn`, is to be shown.
     pub fn view(
         &mut self,
@@ -223,20 +244,11 @@ impl UserCode {
             return View::Copy(p.offset);
         }
         self.looked_at += 1;
+        if let Some(view) = self.known_view(m, cpu, lin, pfn) {
+            return view;
+        }
         let mut bytes = Box::new([0u8; 4096]);
         m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut bytes[..]);
-        // A pair that straddles the end counts too, whatever follows.
-        let straddles = matches!(bytes[4095], 0x0f | 0xcd) && {
-            let next = peek(m, cpu, lin.page_base().wrapping_add(0x1000));
-            next.is_none_or(|l| {
-                let mut b = [0u8; 1];
-                m.read_ram(l.frame, &mut b);
-                candidate(bytes[4095], b[0])
-            })
-        };
-        if !self.forced.contains(&key) && !straddles && !bytes.windows(2).any(|w| candidate(w[0], w[1])) {
-            return View::Direct;
-        }
         while self.pages.len() >= MAX_COPIES {
             let Some(oldest) = self.order.pop_front() else { break };
             self.drop_page(m, code, oldest);
