@@ -224,6 +224,10 @@ pub struct Msrs {
     pub sysenter_esp: u64,
     pub sysenter_eip: u64,
     pub misc_enable: u64,
+    /// GuestPhys of KVM's `pvclock_vcpu_time_info`; bit 0: it is wanted.
+    pub kvm_system_time: u64,
+    /// GuestPhys of KVM's `pvclock_wall_clock`.
+    pub kvm_wall_clock: u64,
     /// Added to the host's TSC to yield the guest's.
     pub tsc_offset: i64,
 }

@@ -19,6 +19,7 @@ pub mod machine;
 pub mod outcome;
 pub mod paint;
 pub mod pgm;
+pub mod pvclock;
 pub mod scan;
 pub mod selm;
 pub mod terminal;

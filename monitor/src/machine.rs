@@ -6,6 +6,7 @@ use crate::env::{Env, PagingChange, Privilege};
 use crate::iom::Devices;
 use crate::pgm::tlb::Tlb;
 use crate::pgm::walk::{Access, PhysMemory, walk};
+use crate::pvclock;
 use crate::tm::Clock;
 use crate::trap::Trap;
 use csam::{GuestLin, GuestPhys};
@@ -285,9 +286,14 @@ impl Env for Machine {
 
     fn wrmsr(&mut self, cpu: &mut CpuState, msr: u32, value: u64) -> Result<(), Trap> {
         let tsc = self.tsc(cpu);
-        if self.policy.wrmsr(cpu, msr, value, tsc)? == WrmsrEffect::PagingMode {
-            self.tlb.clear();
-            self.paging_changes.push(PagingChange::Mode);
+        match self.policy.wrmsr(cpu, msr, value, tsc)? {
+            WrmsrEffect::None => {}
+            WrmsrEffect::PagingMode => {
+                self.tlb.clear();
+                self.paging_changes.push(PagingChange::Mode);
+            }
+            WrmsrEffect::TscOffset | WrmsrEffect::SystemTime => pvclock::write_system_time(self, cpu),
+            WrmsrEffect::WallClock => pvclock::write_wall_clock(self, cpu),
         }
         Ok(())
     }

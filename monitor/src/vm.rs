@@ -13,17 +13,16 @@ use crate::em::{Em, Stop, dump};
 use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
 use crate::outcome::{Ending, RunOutcome};
-use crate::tm::{Clock, host_utc_ns};
+use crate::tm::Clock;
 use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
-use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::WorldError;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Code memory for code-view copies and trampolines: 64 Ki pages, of which only touched ones cost memory.
 const CODE_MEMORY: u64 = 256 << 20;
@@ -131,7 +130,8 @@ type Finished = (Ending, bool, Option<Box<crate::account::Stats>>);
 
 /// One life of the guest, from switching on to its end; the flag says that it is to be started again.
 fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, console: &Console) -> Finished {
-    let (tsc0, time0) = (host_tsc(), Instant::now());
+    let time0 = Instant::now();
+    let clock = Clock::host();
     let ram = match GuestRam::new(config.memory) {
         Ok(ram) => ram,
         Err(e) => return (host_error("guest RAM", &e), false, None),
@@ -142,14 +142,14 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
     };
     let devices = Devices::new(DevicesConfig {
         ram_bytes: config.memory,
-        utc_ns: host_utc_ns(),
+        utc_ns: clock.utc_ns(),
         serial: console.sinks(),
         debug_console: config
             .debugcon
             .then(|| Box::new(WriterSink(std::io::stderr())) as Box<dyn SerialSink>),
         debug_exit: config.isa_debug_exit,
     });
-    let m = Machine::new(ram.clone(), devices, CpuPolicy::host(), Clock::host());
+    let m = Machine::new(ram.clone(), devices, CpuPolicy::host(), clock);
     let placement = match Placement::current() {
         Ok(placement) => placement,
         Err(e) => return (host_error("asking for the CPU", &e), false, None),
@@ -162,11 +162,8 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
             Err(e) => return (host_error("raw mode", &e), false, None),
         }
     };
-    // The longer the start took, the better the ratio; a minimum of a millisecond is good to 1 part in 10,000.
-    while time0.elapsed().as_micros() < 1000 {
-        std::hint::spin_loop();
-    }
-    let ns_per_tsc = time0.elapsed().as_nanos() as f64 / host_tsc().wrapping_sub(tsc0).max(1) as f64;
+    // For the accounting; a millisecond is good to 1 part in 10,000.
+    let ns_per_tsc = m.clock.tsc_hz(Duration::from_millis(1)).map_or(0.0, |hz| 1e9 / hz as f64);
     let mut em = match Em::new(boot.cpu, m, raw, attention.clone(), config.trace, ns_per_tsc) {
         Ok(em) => em,
         Err(e) => return (host_error("timer", &e), false, None),

@@ -35,6 +35,8 @@ pub enum Rule {
     Always,
     /// Set exactly when IA32_ARCH_CAPABILITIES has something to say (Intel).
     ArchCapabilities,
+    /// Set exactly when the host's time-stamp counter is invariant (CPUID 8000_0007h EDX bit 8).
+    InvariantTsc,
     /// Clear.
     Hidden,
 }
@@ -56,8 +58,8 @@ pub struct FeatureBit {
     pub why: &'static str,
 }
 
-use Register::{Ebx, Ecx, Edx};
-use Rule::{Always, ArchCapabilities, Hidden, Host};
+use Register::{Eax, Ebx, Ecx, Edx};
+use Rule::{Always, ArchCapabilities, Hidden, Host, InvariantTsc};
 
 const fn row(
     leaf: u32,
@@ -70,9 +72,11 @@ const fn row(
     FeatureBit { leaf, register, bit, name, rule, why }
 }
 
+const KVM: u32 = super::KVM_FEATURES;
 const EXT: u32 = 0x8000_0001;
 
-/// Every bit decided on (SDM Vol. 2, CPUID; AMD APM Vol. 3, appendix E). A bit without a row is hidden.
+/// Every bit decided on (SDM Vol. 2, CPUID; AMD APM Vol. 3, appendix E; leaf 4000_0001h: Linux,
+/// Documentation/virt/kvm/x86/cpuid.rst). A bit without a row is hidden.
 pub const FEATURES: &[FeatureBit] = &[
     row(1, Edx, 0, "FPU", Host, "runs natively"),
     row(1, Edx, 1, "VME", Hidden, "VIF/VIP are not emulated"),
@@ -178,6 +182,35 @@ pub const FEATURES: &[FeatureBit] = &[
         "says what the host says of Meltdown: a PAE kernel leaves PTI off",
     ),
     row(7, Edx, 31, "SSBD", Hidden, "as IBRS"),
+    row(
+        KVM,
+        Eax,
+        0,
+        "CLOCKSOURCE",
+        Hidden,
+        "the old MSR numbers, 11h and 12h; who knows them knows the new ones",
+    ),
+    row(
+        KVM,
+        Eax,
+        1,
+        "NOP_IO_DELAY",
+        Always,
+        "a write to port 80h between port accesses is an exit and slows nothing",
+    ),
+    row(
+        KVM,
+        Eax,
+        3,
+        "CLOCKSOURCE2",
+        InvariantTsc,
+        "tells the frequency of the TSC, which a guest that calibrates it on a busy host gets wrong",
+    ),
+    row(KVM, Eax, 4, "ASYNC_PF", Hidden, "the host's page faults are not shown to the guest"),
+    row(KVM, Eax, 5, "STEAL_TIME", Hidden, "nobody counts it"),
+    row(KVM, Eax, 6, "PV_EOI", Hidden, "goes with APIC"),
+    row(KVM, Eax, 7, "PV_UNHALT", Hidden, "one virtual CPU"),
+    row(KVM, Eax, 24, "CLOCKSOURCE_STABLE", InvariantTsc, "one virtual CPU, and its TSC is the host's"),
     row(EXT, Ecx, 0, "LAHF", Host, "runs natively"),
     row(EXT, Ecx, 2, "SVM", Hidden, "no nested virtualization"),
     row(EXT, Ecx, 5, "ABM", Host, "lzcnt runs natively, and does so whether shown or not"),

@@ -25,8 +25,14 @@ pub const PHYS_BITS: u32 = 36;
 
 /// The last basic leaf shown. Above lie XSAVE (0Dh), topology (0Bh) and TSC frequency (15h), all hidden.
 const LAST_BASIC: u32 = 7;
-/// The hypervisor's signature leaf, which is also its last.
+/// The signature of KVM's interface, of which the guest gets the clock, and the last leaf of it.
 const HYPERVISOR: u32 = 0x4000_0000;
+/// KVM's features (Linux, Documentation/virt/kvm/x86/cpuid.rst), in EAX.
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Our own name, where a second hypervisor interface would be: it has no leaves of its own.
+const OWN_NAME: u32 = 0x4000_0100;
+/// CPUID 8000_0007h EDX: the time-stamp counter runs at one rate, always.
+const INVARIANT_TSC: u32 = 1 << 8;
 /// The first and the last extended leaf shown.
 const EXTENDED: u32 = 0x8000_0000;
 const LAST_EXTENDED: u32 = 0x8000_0008;
@@ -40,6 +46,7 @@ pub struct CpuPolicy {
     vendor: Vendor,
     microcode: u32,
     arch_capabilities: u64,
+    invariant_tsc: bool,
 }
 
 impl CpuPolicy {
@@ -55,8 +62,11 @@ impl CpuPolicy {
         let identity = cpuid(0, 0);
         let vendor = Vendor::of(identity);
         let arch_capabilities = if vendor == Vendor::Intel { facts.arch_capabilities } else { 0 };
+        let invariant_tsc =
+            cpuid(EXTENDED, 0)[0] >= 0x8000_0007 && cpuid(0x8000_0007, 0)[3] & INVARIANT_TSC != 0;
+        let microcode = facts.microcode;
         let mut policy =
-            CpuPolicy { leaves: BTreeMap::new(), vendor, microcode: facts.microcode, arch_capabilities };
+            CpuPolicy { leaves: BTreeMap::new(), vendor, microcode, arch_capabilities, invariant_tsc };
         policy.build(cpuid, identity);
         policy
     }
@@ -90,7 +100,9 @@ impl CpuPolicy {
             put(7, 0, [0, ebx, ecx, edx]);
         }
 
-        put(HYPERVISOR, 0, [HYPERVISOR, u32::from_le_bytes(*b"subr"), u32::from_le_bytes(*b"ing\0"), 0]);
+        put(HYPERVISOR, 0, signature(KVM_FEATURES, b"KVMKVMKVM\0\0\0"));
+        put(KVM_FEATURES, 0, [0; 4]);
+        put(OWN_NAME, 0, signature(OWN_NAME, b"subring\0\0\0\0\0"));
 
         let host_last = cpuid(EXTENDED, 0)[0];
         let last = if host_last >= EXTENDED { host_last.min(LAST_EXTENDED) } else { 0 };
@@ -126,7 +138,7 @@ impl CpuPolicy {
             match self.decide(feature) {
                 Rule::Host => *keep |= 1 << feature.bit,
                 Rule::Always => *set |= 1 << feature.bit,
-                Rule::ArchCapabilities | Rule::Hidden => {}
+                Rule::ArchCapabilities | Rule::InvariantTsc | Rule::Hidden => {}
             }
         }
         for ((leaf, register), (keep, set)) in masks {
@@ -150,11 +162,13 @@ impl CpuPolicy {
         }
     }
 
-    /// The row's rule, with the conditional one decided for this host.
+    /// The row's rule, with the conditional ones decided for this host.
     fn decide(&self, feature: &FeatureBit) -> Rule {
         match feature.rule {
             Rule::ArchCapabilities if self.arch_capabilities != 0 => Rule::Always,
             Rule::ArchCapabilities => Rule::Hidden,
+            Rule::InvariantTsc if self.invariant_tsc => Rule::Always,
+            Rule::InvariantTsc => Rule::Hidden,
             rule => rule,
         }
     }
@@ -172,6 +186,12 @@ impl CpuPolicy {
         self.leaves.get(&(leaf, 0)).is_some_and(|v| v[register as usize] >> bit & 1 != 0)
     }
 
+    /// KVM's clock is shown: its MSRs exist.
+    #[must_use]
+    pub fn has_kvm_clock(&self) -> bool {
+        self.shows(KVM_FEATURES, Register::Eax, 3)
+    }
+
     /// NX is shown: EFER exists.
     #[must_use]
     pub fn has_nx(&self) -> bool {
@@ -185,13 +205,19 @@ impl CpuPolicy {
     }
 }
 
+/// A hypervisor's signature leaf: the last leaf of its interface, and 12 bytes of name.
+fn signature(last: u32, name: &[u8; 12]) -> [u32; 4] {
+    let word = |i: usize| u32::from_le_bytes([name[i], name[i + 1], name[i + 2], name[i + 3]]);
+    [last, word(0), word(4), word(8)]
+}
+
 impl fmt::Display for CpuPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<9} {:<3} {:>3}  {:<14} {:<7} why", "leaf", "reg", "bit", "feature", "guest")?;
         for row in FEATURES {
             let guest = if self.shows(row.leaf, row.register, row.bit) {
                 "yes"
-            } else if row.rule == Rule::Host {
+            } else if matches!(row.rule, Rule::Host | Rule::InvariantTsc) {
                 "host no"
             } else {
                 "hidden"

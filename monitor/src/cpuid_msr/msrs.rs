@@ -48,6 +48,10 @@ pub enum MsrKind {
     ArchCapabilities,
     /// IA32_DEBUGCTL: reads zero; LBR and BTF may be written and have no effect.
     DebugCtl,
+    /// KVM's clock: where the guest wants the scale of its time-stamp counter. Stored; a write fills the place.
+    KvmSystemTime,
+    /// KVM's clock: where the guest wants the UTC of its power-on. Stored; a write fills the place.
+    KvmWallClock,
     /// Always this value; writes are dropped.
     Fixed(u64),
     /// #GP(0), and the reason is worth a row.
@@ -59,7 +63,7 @@ impl MsrKind {
     #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
-            MsrKind::Tsc | MsrKind::Efer => "emulated",
+            MsrKind::Tsc | MsrKind::Efer | MsrKind::KvmSystemTime | MsrKind::KvmWallClock => "emulated",
             MsrKind::Pat
             | MsrKind::SysenterCs
             | MsrKind::SysenterEsp
@@ -100,7 +104,8 @@ const NB_CFG_ENABLE_CF8_EXT: u64 = 1 << 46;
 /// DE_CFG: LFENCE serializes. True of every AMD CPU whose kernel runs the usual mitigations, and Linux sets it.
 const DE_CFG_LFENCE_SERIALIZE: u64 = 1 << 1;
 
-/// Every MSR decided on (SDM Vol. 4; AMD APM Vol. 2, appendix A). An MSR without a row is #GP(0).
+/// Every MSR decided on (SDM Vol. 4; AMD APM Vol. 2, appendix A; KVM's: Linux, Documentation/virt/kvm/x86/msr.rst). An
+/// MSR without a row is #GP(0).
 pub const MSRS: &[MsrRow] = &[
     row(0x10, "IA32_TSC", Any, MsrKind::Tsc, "Linux reads it, older firmware resets it"),
     row(0x17, "IA32_PLATFORM_ID", Intel, MsrKind::Fixed(0), "read beside the microcode revision"),
@@ -131,6 +136,20 @@ pub const MSRS: &[MsrRow] = &[
     ),
     row(0x1d9, "IA32_DEBUGCTL", Any, MsrKind::DebugCtl, "written when single-stepping branches; no LBR here"),
     row(0x277, "IA32_PAT", Any, MsrKind::Pat, "stored: memory types have no effect"),
+    row(
+        0x4b56_4d00,
+        "MSR_KVM_WALL_CLOCK_NEW",
+        Any,
+        MsrKind::KvmWallClock,
+        "Linux sets its time of day by it where KVM's clock is shown",
+    ),
+    row(
+        0x4b56_4d01,
+        "MSR_KVM_SYSTEM_TIME_NEW",
+        Any,
+        MsrKind::KvmSystemTime,
+        "tells the frequency of the TSC: nobody has to measure it against the 8254",
+    ),
     row(0xc000_0080, "EFER", Any, MsrKind::Efer, "NXE for PAE kernels"),
     row(0xc000_0081, "STAR", Any, MsrKind::Refused, "SYSCALL is hidden"),
     row(0xc000_0103, "TSC_AUX", Any, MsrKind::Refused, "RDTSCP and RDPID are hidden"),
@@ -164,8 +183,12 @@ pub enum WrmsrEffect {
     None,
     /// EFER.NXE changed: tell PGM (`PagingChange::Mode`).
     PagingMode,
-    /// `cpu.msr.tsc_offset` changed: tell TM.
+    /// `cpu.msr.tsc_offset` changed: what the guest was told of its TSC is to be told anew.
     TscOffset,
+    /// `cpu.msr.kvm_system_time` was written: fill the place it names.
+    SystemTime,
+    /// `cpu.msr.kvm_wall_clock` was written: fill the place it names.
+    WallClock,
 }
 
 const EFER_NXE: u64 = efer::NXE;
@@ -186,6 +209,7 @@ impl CpuPolicy {
             && match row.kind {
                 MsrKind::Refused => false,
                 MsrKind::Efer => self.has_nx(),
+                MsrKind::KvmSystemTime | MsrKind::KvmWallClock => self.has_kvm_clock(),
                 MsrKind::ArchCapabilities => self.arch_capabilities != 0,
                 _ => true,
             }
@@ -209,6 +233,8 @@ impl CpuPolicy {
             MsrKind::Microcode => u64::from(self.microcode),
             MsrKind::ArchCapabilities => self.arch_capabilities,
             MsrKind::DebugCtl => 0,
+            MsrKind::KvmSystemTime => state.kvm_system_time,
+            MsrKind::KvmWallClock => state.kvm_wall_clock,
             MsrKind::Fixed(value) => value,
             MsrKind::Refused => return Err(Trap::gp(0)),
         })
@@ -246,6 +272,15 @@ impl CpuPolicy {
             MsrKind::SysenterEsp => state.sysenter_esp = value,
             MsrKind::SysenterEip => state.sysenter_eip = value,
             MsrKind::MiscEnable => state.misc_enable = value,
+            // Any address will do, as in KVM: one outside RAM is nowhere to write to, and no fault.
+            MsrKind::KvmSystemTime => {
+                state.kvm_system_time = value;
+                return Ok(WrmsrEffect::SystemTime);
+            }
+            MsrKind::KvmWallClock => {
+                state.kvm_wall_clock = value;
+                return Ok(WrmsrEffect::WallClock);
+            }
             MsrKind::DebugCtl if value & !DEBUGCTL_WRITABLE != 0 => return Err(Trap::gp(0)),
             MsrKind::Microcode | MsrKind::Fixed(_) | MsrKind::DebugCtl => {}
             MsrKind::ArchCapabilities | MsrKind::Refused => return Err(Trap::gp(0)),

@@ -105,9 +105,37 @@ fn the_signature_vendor_and_limits_are_right() {
     assert_eq!((max, [b, c, d]), (7, vendor_words(b"AuthenticAMD")));
     assert_eq!(policy.cpuid(&cpu(), 0x8000_0000, 0)[0], 0x8000_0008);
     assert_eq!(policy.cpuid(&cpu(), 0x8000_0008, 0), [0x2024, 0, 0, 0]);
-    let [max, b, c, d] = policy.cpuid(&cpu(), 0x4000_0000, 0);
-    let name: Vec<u8> = [b, c, d].into_iter().flat_map(u32::to_le_bytes).collect();
-    assert_eq!((max, &name[..]), (0x4000_0000, &b"subring\0\0\0\0\0"[..]));
+    for (leaf, last, want) in
+        [(0x4000_0000, 0x4000_0001, b"KVMKVMKVM\0\0\0"), (0x4000_0100, 0x4000_0100, b"subring\0\0\0\0\0")]
+    {
+        let [max, b, c, d] = policy.cpuid(&cpu(), leaf, 0);
+        let name: Vec<u8> = [b, c, d].into_iter().flat_map(u32::to_le_bytes).collect();
+        assert_eq!((max, &name[..]), (last, &want[..]));
+    }
+}
+
+#[test]
+fn kvms_clock_is_shown_where_the_hosts_counter_is_invariant_and_nothing_else_of_kvm() {
+    const NOP_IO_DELAY: u32 = 1 << 1;
+    const CLOCK: u32 = 1 << 3 | 1 << 24;
+    assert_eq!(amd().cpuid(&cpu(), 0x4000_0001, 0), [NOP_IO_DELAY | CLOCK, 0, 0, 0]);
+    let everything = everything(b"GenuineIntel");
+    let variant =
+        |leaf, sub| if leaf == 0x8000_0007 { [!0, !0, !0, !(1 << 8)] } else { everything(leaf, sub) };
+    let poor = CpuPolicy::new(&variant, &HostFacts::default());
+    assert_eq!(poor.cpuid(&cpu(), 0x4000_0001, 0), [NOP_IO_DELAY, 0, 0, 0]);
+    for msr in [0x4b56_4d00, 0x4b56_4d01] {
+        assert_eq!(poor.wrmsr(&mut cpu(), msr, 1, 0), Err(Trap::gp(0)));
+        assert_eq!(poor.rdmsr(&cpu(), msr, 0), Err(Trap::gp(0)));
+    }
+    let mut cpu = cpu();
+    assert_eq!(amd().wrmsr(&mut cpu, 0x4b56_4d00, u64::MAX, 0), Ok(WrmsrEffect::WallClock));
+    assert_eq!(amd().wrmsr(&mut cpu, 0x4b56_4d01, 0x1001, 0), Ok(WrmsrEffect::SystemTime));
+    assert_eq!(amd().rdmsr(&cpu, 0x4b56_4d00, 0), Ok(u64::MAX));
+    assert_eq!(amd().rdmsr(&cpu, 0x4b56_4d01, 0), Ok(0x1001));
+    for msr in [0x11, 0x12, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04, 0x4b56_4d05] {
+        assert_eq!(amd().wrmsr(&mut cpu, msr, 0, 0), Err(Trap::gp(0)), "{msr:#x}");
+    }
 }
 
 #[test]
