@@ -12,6 +12,7 @@
 mod exits;
 mod fill;
 mod follow;
+mod in_world;
 pub mod kernel_code;
 pub mod layout;
 mod room;
@@ -349,6 +350,12 @@ impl RawEngine {
         self.kernel.world.vcpu_read(vp::COUNTERS + 4 * (kind & 63))
     }
 
+    /// Shadow misses worlds have filled by themselves.
+    #[must_use]
+    pub fn filled_in_worlds(&self) -> u64 {
+        std::iter::once(&self.kernel).chain(&self.users).map(|s| s.filled).sum()
+    }
+
     /// Why the CPU's state is not for raw mode, if it is not.
     #[must_use]
     pub fn refusal(cpu: &CpuState) -> Option<RawRefusal> {
@@ -470,9 +477,12 @@ impl RawEngine {
             self.fpu_in = Some(number);
         }
         let space = self.space(number);
+        space.allow_fills(cpu, &layout);
         let entered = host_tsc();
         let exit = space.run(&mut regs);
-        self.last_run = (entered, host_tsc());
+        let left = host_tsc();
+        space.take_fills(&layout, m.frames())?;
+        self.last_run = (entered, left);
         let exit = match exit {
             Ok(exit) => exit,
             Err(WorldError::BadState(why)) => {
