@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::world::{Backing, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
+use crate::world::{
+    Backing, Fill, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin,
+};
 
 const PAGE: u32 = 4096;
 const PAGES: u32 = 1 << 20;
@@ -34,6 +36,7 @@ pub struct FakeWorld {
     state: FakeState,
     script: VecDeque<Step>,
     kicked: Arc<FakeKicker>,
+    fills: Vec<Fill>,
 }
 
 #[derive(Debug, Default)]
@@ -63,7 +66,7 @@ impl FakeWorld {
             gate: None,
             runs: Vec::new(),
         };
-        FakeWorld { state, script: VecDeque::new(), kicked: Arc::default() }
+        FakeWorld { state, script: VecDeque::new(), kicked: Arc::default(), fills: Vec::new() }
     }
 
     /// Appends a step.
@@ -78,6 +81,11 @@ impl FakeWorld {
     /// Appends a step that exits like this with the registers as they are.
     pub fn then_exit(&mut self, exit: WorldExit) -> &mut Self {
         self.then(move |_, _| Ok(exit))
+    }
+
+    /// Lets it say that it has mapped these runs by itself, each for one fault.
+    pub fn will_have_filled(&mut self, fills: &[Fill]) {
+        self.fills.extend_from_slice(fills);
     }
 
     /// What the world has been told so far.
@@ -175,6 +183,12 @@ impl World for FakeWorld {
         self.vcpu_write(crate::raw::GATE + 4, 0x33);
         self.state.gate = Some((stub, vcpu));
         Ok(())
+    }
+
+    fn take_fills(&mut self, each: &mut dyn FnMut(Fill)) -> u32 {
+        let n = self.fills.len() as u32;
+        self.fills.drain(..).for_each(each);
+        n
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -1,6 +1,7 @@
 //! Guest RAM: one memory object, mapped in the monitor and, page by page, in worlds.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use crate::shared::SharedMap;
@@ -11,13 +12,41 @@ use crate::shared::SharedMap;
 /// only copying accessors; each of the fixed-width ones is a single load or store (little-endian, any alignment).
 /// `None` means that the access does not lie inside.
 #[derive(Clone, Debug)]
-pub struct GuestRam(Arc<SharedMap>);
+pub struct GuestRam(Arc<SharedMap>, Arc<Watched>);
+
+/// A bit for each frame: worlds must not map it writable by themselves, nor write to it.
+#[derive(Debug)]
+struct Watched {
+    bits: SharedMap,
+    for_worlds: OwnedFd,
+}
+
+/// Bytes of the memory object with the bits of so many frames.
+pub(crate) fn watched_size(frames: u64) -> u64 {
+    frames.div_ceil(8).next_multiple_of(4096)
+}
 
 impl GuestRam {
     /// `bytes` of zeroed RAM (a positive multiple of 4096). Memory is taken from the host as it is touched.
     pub fn new(bytes: u64) -> io::Result<GuestRam> {
         let len = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        Ok(GuestRam(Arc::new(SharedMap::new(c"subring-ram", len)?)))
+        let size = usize::try_from(watched_size(bytes >> 12));
+        let size = size.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let bits = SharedMap::new(c"subring-watched", size)?;
+        let for_worlds = bits.read_only_fd()?;
+        Ok(GuestRam(Arc::new(SharedMap::new(c"subring-ram", len)?), Arc::new(Watched { bits, for_worlds })))
+    }
+
+    /// Says whether writes to a frame are to be seen by the monitor. Only one thread may do that.
+    pub fn set_watched(&self, frame: u32, watched: bool) {
+        let (at, bit) = (u64::from(frame / 8), 1u8 << (frame % 8));
+        if let Some(old) = self.1.bits.read_u8(at) {
+            let _in_range = self.1.bits.write_u8(at, if watched { old | bit } else { old & !bit });
+        }
+    }
+
+    pub(crate) fn watched_fd(&self) -> RawFd {
+        self.1.for_worlds.as_raw_fd()
     }
 
     /// Size in bytes.

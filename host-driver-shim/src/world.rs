@@ -89,6 +89,64 @@ pub struct HostSegment {
     pub rw: bool,
 }
 
+bitflags! {
+    /// How a world may fill its own shadow misses, and the paging mode its walk needs.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    #[repr(transparent)]
+    pub struct FillMode: u32 {
+        /// It may. The guest has paging on.
+        const ENABLED = 1;
+        /// Accesses have supervisor rights (but see [`FillRules::user_cs`]).
+        const SUPERVISOR = 2;
+        /// CR0.WP.
+        const WP = 4;
+        /// CR4.PSE.
+        const PSE = 8;
+        /// CR4.PAE.
+        const PAE = 0x10;
+        /// CR4.PGE.
+        const PGE = 0x20;
+        /// EFER.NXE.
+        const NXE = 0x40;
+    }
+}
+
+/// What a world must know to map guest RAM for a data access by itself, from the guest's own page tables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct FillRules {
+    /// The guest's PDPTEs as loaded (PAE only).
+    pub pdpte: [u64; 4],
+    /// Modes.
+    pub mode: FillMode,
+    /// The guest's CR3.
+    pub cr3: u32,
+    /// The guest's data at GuestLin L is at L + delta in the world.
+    pub delta: u32,
+    /// Code with this CS (a host selector) has user rights even in a supervisor world; 0: none.
+    pub user_cs: u32,
+    /// Where nothing of the guest's may be mapped: first world page number and how many; `(0, 0)`: none.
+    pub keep_out: [(u32, u32); 8],
+    /// Supervisor pages below this guest linear address would be within reach of ring 3 of a joint world: what to do about
+    /// them is for the monitor to decide. 0: there is no such address.
+    pub users_below: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// A run of pages a world mapped by itself, with the leaf rights used. Unchecked: it is what the world says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fill {
+    /// First page in the world.
+    pub at: WorldLin,
+    /// Number of pages.
+    pub pages: u32,
+    /// Guest frame number of the first.
+    pub pfn: u32,
+    /// Bits of [`crate::raw::rc_walk::right`].
+    pub rights: u32,
+}
+
 /// Interrupts a running world from another thread.
 pub trait Kicker: Send + Sync {
     /// Makes the world leave guest code with [`WorldExit::Kick`] soon, or at its next start if it is not running.
@@ -123,6 +181,14 @@ pub trait World {
     /// Binds the world to one host CPU; an engine whose worlds run on the caller's thread has nothing to do.
     fn pin(&mut self, _cpu: usize) -> Result<(), WorldError> {
         Ok(())
+    }
+    /// Lets the world map guest RAM at data faults by itself, by these rules, from the next run on. A world that cannot
+    /// do that ignores it.
+    fn set_fill_rules(&mut self, _rules: &FillRules) {}
+    /// Hands over, in order, what the world has mapped by itself since the last call, and yields how many faults that
+    /// answered.
+    fn take_fills(&mut self, _each: &mut dyn FnMut(Fill)) -> u32 {
+        0
     }
     /// A handle to interrupt this world.
     fn kicker(&self) -> std::sync::Arc<dyn Kicker>;

@@ -89,7 +89,11 @@ impl Machine {
         match self.tracked.get_mut(pfn as usize) {
             Some(n) => {
                 *n += 1;
-                *n == 1
+                let first = *n == 1;
+                if first {
+                    self.ram.set_watched(pfn, true);
+                }
+                first
             }
             None => false,
         }
@@ -99,6 +103,9 @@ impl Machine {
     pub fn untrack(&mut self, pfn: u32) {
         if let Some(n) = self.tracked.get_mut(pfn as usize) {
             *n = n.saturating_sub(1);
+            if *n == 0 {
+                self.ram.set_watched(pfn, false);
+            }
         }
     }
 

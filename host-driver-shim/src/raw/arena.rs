@@ -9,6 +9,7 @@ use std::mem::offset_of;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::fill::FillArea;
 use crate::shared::{SharedMap, copy};
 use crate::world::HwRegs;
 
@@ -21,6 +22,11 @@ pub(crate) const STACK_TOP: u64 = STACK_VA + STACK_SIZE;
 /// The runtime's signal stack in a world.
 pub(crate) const SIGNAL_STACK_VA: u64 = ARENA_VA + 0x2000_0000;
 pub(crate) const SIGNAL_STACK_SIZE: u64 = 64 << 10;
+
+/// Guest RAM in a world for the runtime's own use: GuestPhys 0 is here.
+pub(crate) const RAM_VA: u64 = 0x2000_0000_0000;
+/// The bitmap of watched frames ([`crate::ram::GuestRam::set_watched`]) in a world, read-only.
+pub(crate) const WATCHED_VA: u64 = ARENA_VA + 0x4000_0000;
 
 /// How many commands fit.
 pub(crate) const COMMANDS: usize = 1024;
@@ -75,6 +81,8 @@ pub(crate) mod op {
 pub(crate) const RAM_FD: i32 = 3;
 pub(crate) const CODE_FD: i32 = 4;
 pub(crate) const ARENA_FD: i32 = 5;
+/// The bitmap of watched frames: closed once it is mapped.
+pub(crate) const WATCHED_FD: i32 = 6;
 
 /// One command, see [`op`].
 #[derive(Clone, Copy, Default, Debug)]
@@ -141,6 +149,9 @@ pub(crate) struct Arena {
     pub(crate) filter: [u64; FILTER_MAX],
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
+    pub(crate) fill: FillArea,
+    /// While a fault answered in the world is returned from: the `ucontext_t` of its signal frame.
+    pub(crate) returning: AtomicU64,
     pub(crate) commands: [Command; COMMANDS],
 }
 
@@ -152,7 +163,8 @@ pub(crate) const STUB_OFFSET: usize = offset_of!(Arena, stub);
 const _: () = {
     assert!(VCPU_OFFSET.is_multiple_of(4096) && STUB_OFFSET.is_multiple_of(4096));
     assert!(size_of::<Arena>().is_multiple_of(4096));
-    assert!(offset_of!(Arena, fx).is_multiple_of(64));
+    assert!(offset_of!(Arena, fx).is_multiple_of(64) && offset_of!(Arena, fill).is_multiple_of(4096));
+    assert!(ARENA_VA + size_of::<Arena>() as u64 <= STACK_VA);
     assert!(size_of::<Command>() == 32 && size_of::<HwRegs>() == 52);
 };
 
@@ -167,6 +179,11 @@ impl ArenaMap {
 
     pub(crate) fn fd(&self) -> RawFd {
         self.0.fd()
+    }
+
+    /// The memory object.
+    pub(crate) fn shared(&self) -> &SharedMap {
+        &self.0
     }
 
     fn ptr(&self) -> *mut Arena {

@@ -4,7 +4,9 @@
 //!    signal inside it can always start it again; a fault inside it means that the state cannot be loaded.
 //! 2. `subring_rc_gate`: the way out by the gate stub (see `ArenaMap::set_stub`), all guest registers still live but EAX.
 //! 3. `subring_rc_signal_entry`: the way out by a signal.
-//! 4. `subring_rc_leave`: back to `rc::serve` on a fresh stack.
+//! 4. `subring_rc_return`: back to guest code behind a fault that was answered here, from its signal frame. It only reads
+//!    that frame and the arena, so a signal inside it can always start it again.
+//! 5. `subring_rc_leave`: back to `rc::serve` on a fresh stack.
 
 use std::mem::offset_of;
 
@@ -14,6 +16,12 @@ use crate::world::HwRegs;
 const REGS: usize = offset_of!(Arena, regs);
 const GPR: usize = REGS + offset_of!(HwRegs, gpr);
 const SEL: usize = REGS + offset_of!(HwRegs, sel);
+const MCONTEXT: usize = offset_of!(libc::ucontext_t, uc_mcontext);
+
+/// Where a general register is in a `ucontext_t`.
+const fn greg(index: i32) -> usize {
+    MCONTEXT + offset_of!(libc::mcontext_t, gregs) + 8 * index as usize
+}
 
 std::arch::global_asm!(
     ".text",
@@ -111,6 +119,42 @@ std::arch::global_asm!(
     "call {serve}",
     "ud2",
     "",
+    ".hidden subring_rc_return",
+    ".globl subring_rc_return",
+    "subring_rc_return:", // DS, ES, FS and GS are the guest's still: signals change CS and SS only
+    "mov rax, {arena}",
+    "mov rdi, [rax + {returning}]",
+    "lea rsp, [rdi - 64]",
+    "and rsp, -16",
+    "cmp dword ptr [rax + {kick}], 0",
+    "jne 3f",
+    "mov rax, [rdi + {u_fp}]",
+    "fxrstor64 [rax]",
+    "movzx eax, word ptr [rdi + {u_ss}]",
+    "push rax",
+    "mov eax, [rdi + {u_esp}]",
+    "push rax",
+    "mov eax, [rdi + {u_eflags}]",
+    "push rax",
+    "movzx eax, word ptr [rdi + {u_cs}]",
+    "push rax",
+    "mov eax, [rdi + {u_eip}]",
+    "push rax",
+    "mov eax, [rdi + {u_eax}]",
+    "mov ecx, [rdi + {u_ecx}]",
+    "mov edx, [rdi + {u_edx}]",
+    "mov ebx, [rdi + {u_ebx}]",
+    "mov ebp, [rdi + {u_ebp}]",
+    "mov esi, [rdi + {u_esi}]",
+    "mov edi, [rdi + {u_edi}]",
+    "iretq",
+    ".hidden subring_rc_return_end",
+    ".globl subring_rc_return_end",
+    "subring_rc_return_end:",
+    "3:",
+    "call {kicked}",
+    "ud2",
+    "",
     ".hidden subring_rc_signal_entry",
     ".globl subring_rc_signal_entry",
     "subring_rc_signal_entry:", // rdi = signal, rsi = siginfo, rdx = ucontext; the kernel cleared DF and TF only
@@ -143,6 +187,21 @@ std::arch::global_asm!(
     ds = const SEL + 6,
     fs = const SEL + 8,
     gs = const SEL + 10,
+    returning = const offset_of!(Arena, returning),
+    u_fp = const MCONTEXT + offset_of!(libc::mcontext_t, fpregs),
+    u_cs = const greg(libc::REG_CSGSFS),
+    u_ss = const greg(libc::REG_CSGSFS) + 6,
+    u_eip = const greg(libc::REG_RIP),
+    u_eflags = const greg(libc::REG_EFL),
+    u_esp = const greg(libc::REG_RSP),
+    u_eax = const greg(libc::REG_RAX),
+    u_ecx = const greg(libc::REG_RCX),
+    u_edx = const greg(libc::REG_RDX),
+    u_ebx = const greg(libc::REG_RBX),
+    u_ebp = const greg(libc::REG_RBP),
+    u_esi = const greg(libc::REG_RSI),
+    u_edi = const greg(libc::REG_RDI),
+    kicked = sym super::signal::kicked,
     serve = sym super::rc::serve,
     signal = sym super::signal::handle,
 );
@@ -152,7 +211,10 @@ unsafe extern "C" {
     pub(crate) fn subring_rc_resume() -> !;
     /// Drops the current stack and goes to `rc::serve`. Only in a world.
     pub(crate) fn subring_rc_leave() -> !;
+    /// Goes back to the guest code a signal interrupted; `Arena::returning` is the frame. Only in a world.
+    pub(crate) fn subring_rc_return() -> !;
     static subring_rc_resume_end: u8;
+    static subring_rc_return_end: u8;
     fn subring_rc_bad_state();
     fn subring_rc_gate();
     fn subring_rc_signal_entry();
@@ -162,6 +224,13 @@ unsafe extern "C" {
 pub(crate) fn resume_range() -> std::ops::Range<u64> {
     let start = subring_rc_resume as unsafe extern "C" fn() -> ! as usize as u64;
     let end = (&raw const subring_rc_resume_end).addr() as u64;
+    start..end
+}
+
+/// First address and end of the way back behind an answered fault.
+pub(crate) fn return_range() -> std::ops::Range<u64> {
+    let start = subring_rc_return as unsafe extern "C" fn() -> ! as usize as u64;
+    let end = (&raw const subring_rc_return_end).addr() as u64;
     start..end
 }
 

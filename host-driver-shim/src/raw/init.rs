@@ -8,12 +8,13 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
-    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA,
-    exit_kind,
+    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE,
+    STACK_VA, WATCHED_FD, WATCHED_VA, exit_kind,
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
 use super::rc::{arena, death, die};
 use super::signal::KICK_SIGNAL;
+use crate::ram::watched_size;
 
 /// The variable that makes a process a world. Its value is [`WORLD_VALUE`].
 pub(crate) const WORLD_ENV: &CStr = c"SUBRING_WORLD";
@@ -21,6 +22,7 @@ pub(crate) const WORLD_ENV: &CStr = c"SUBRING_WORLD";
 pub(crate) const WORLD_VALUE: &CStr = c"1";
 
 const EIGHT_GIB: u64 = 8 << 30;
+const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
 const PR_SYS_DISPATCH_ON: u64 = 1;
 const ARCH_CPUID_SET: u64 = 0x1012;
@@ -31,9 +33,10 @@ const ARCH_CPUID_SET: u64 = 0x1012;
 pub(crate) static CONSTRUCTOR: extern "C" fn() = become_world_if_asked;
 
 /// What set-up was doing when it failed, as `setup_step` counts.
-pub(crate) const STEPS: [&str; 13] = [
+pub(crate) const STEPS: [&str; 14] = [
     "starting",
     "mapping the arena",
+    "mapping guest RAM for itself",
     "closing descriptors",
     "checking for its parent",
     "finding 0..4 GiB empty (a non-PIE program cannot be a world)",
@@ -81,28 +84,33 @@ fn check(fine: bool) -> Result<(), Refused> {
 }
 
 fn set_up(step: &mut u32) -> Result<(), Refused> {
-    map_fixed(ARENA_VA, size_of::<Arena>() as u64, libc::MAP_SHARED, ARENA_FD)?;
+    map_fixed(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, ARENA_FD)?;
     *step = 2;
+    // SAFETY: the arena is mapped.
+    let pages = u64::from(unsafe { (*arena()).fill.ram_pages.load(Acquire) });
+    map_fixed(RAM_VA, pages << 12, READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, RAM_FD)?;
+    map_fixed(WATCHED_VA, watched_size(pages), libc::PROT_READ, libc::MAP_SHARED, WATCHED_FD)?;
+    *step = 3;
     // SAFETY: closes descriptors nothing in this process uses.
     check(unsafe { libc::syscall(libc::SYS_close_range, 0, 2, 0) } == 0)?;
     // SAFETY: as above.
     check(unsafe { libc::syscall(libc::SYS_close_range, ARENA_FD + 1, u32::MAX, 0) } == 0)?;
-    *step = 3;
+    *step = 4;
     let a = arena();
     // SAFETY: the arena is mapped; prctl and getppid touch no memory of ours.
     unsafe {
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0)?;
         check(libc::getppid() as u32 == (*a).monitor_pid.load(Acquire))?;
     }
-    *step = 4;
-    low_half_is_empty()?;
     *step = 5;
-    map_fixed(STACK_VA, STACK_SIZE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    low_half_is_empty()?;
+    *step = 6;
+    map_fixed(STACK_VA, STACK_SIZE, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
     // SAFETY: reads the auxiliary vector.
     let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) };
     let signal_stack = SIGNAL_STACK_SIZE + frame.next_multiple_of(4096) * 2;
-    map_fixed(SIGNAL_STACK_VA, signal_stack, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
-    *step = 6;
+    map_fixed(SIGNAL_STACK_VA, signal_stack, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    *step = 7;
     let stack = libc::stack_t {
         ss_sp: std::ptr::with_exposed_provenance_mut(SIGNAL_STACK_VA as usize),
         ss_flags: 0,
@@ -110,19 +118,19 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     };
     // SAFETY: the stack was just mapped and serves nothing else.
     check(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) } == 0)?;
-    *step = 7;
-    install_handlers()?;
     *step = 8;
+    install_handlers()?;
+    *step = 9;
     // SAFETY: these prctl calls touch no memory.
     unsafe {
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)?;
         check(libc::prctl(libc::PR_SET_DUMPABLE, 0) == 0)?;
     }
-    *step = 9;
+    *step = 10;
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: setrlimit reads `none`.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } == 0)?;
-    *step = 10;
+    *step = 11;
     // Let CPUID raise #GP where the CPU can do that; no failure where it cannot.
     // SAFETY: touches no memory; nothing here executes CPUID any more.
     let faults = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_CPUID_SET, 0u64) } == 0;
@@ -137,27 +145,18 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
         (*a).gate_entry.store(gate_address(), Release);
         (*a).exit.kind.store(exit_kind::READY, Release);
     }
-    *step = 11;
-    install_filter()?;
     *step = 12;
+    install_filter()?;
+    *step = 13;
     // SAFETY: as above.
     unsafe { (*a).setup_step.store(*step, Release) };
     Ok(())
 }
 
-fn map_fixed(at: u64, len: u64, flags: i32, fd: i32) -> Result<(), Refused> {
+fn map_fixed(at: u64, len: u64, prot: i32, flags: i32, fd: i32) -> Result<(), Refused> {
     let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(at as usize);
     // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping.
-    let got = unsafe {
-        libc::mmap(
-            at,
-            len as usize,
-            libc::PROT_READ | libc::PROT_WRITE,
-            flags | libc::MAP_FIXED_NOREPLACE,
-            fd,
-            0,
-        )
-    };
+    let got = unsafe { libc::mmap(at, len as usize, prot, flags | libc::MAP_FIXED_NOREPLACE, fd, 0) };
     check(got == at)
 }
 

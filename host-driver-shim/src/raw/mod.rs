@@ -4,15 +4,19 @@
 //! 2. A world is this program executed again; a constructor turns it into a world before `main` ([`init`], [`jail`]).
 //! 3. Monitor and world take turns by one futex word in their shared [`arena`]; the world's side is [`rc`].
 //! 4. Guest code is entered and left in [`entry`] (assembly) and [`signal`].
+//! 5. Data faults that are only misses of the shadow are answered inside the world: [`fill`], [`rc_fill`], [`rc_walk`].
 //!
 //! A world can be taken over by its guest (`ljmp 33h`). What it can do then: compute, change its own mappings of guest
 //! RAM, lie to the monitor in the arena, end itself.
 
 mod arena;
 mod entry;
+mod fill;
 mod init;
 mod jail;
 mod rc;
+mod rc_fill;
+pub mod rc_walk;
 mod signal;
 mod spawn;
 
@@ -23,10 +27,13 @@ use std::time::{Duration, Instant};
 
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
-use crate::world::{Backing, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
+use crate::world::{
+    Backing, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin,
+};
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
-use spawn::{Keeper, Process, futex_wait, futex_wake};
+use fill::Shown;
+use spawn::{Keeper, Objects, Process, futex_wait, futex_wake};
 
 /// No CPU to bind worlds to.
 const UNBOUND: usize = usize::MAX;
@@ -100,11 +107,14 @@ impl RawEngine {
             return Err(host("building the jail's filter")(io::Error::other("too long")));
         }
         arena.set(Word::MONITOR_PID, std::process::id());
+        arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
         arena.set(Word::TURN, turn::WORLD);
-        let process = engine
-            .keeper
-            .spawn(arena, engine.ram.shared().fd(), engine.code.world_fd())
-            .map_err(host("spawning a world"))?;
+        let objects = Objects {
+            ram: engine.ram.shared().fd(),
+            code: engine.code.world_fd(),
+            watched: engine.ram.watched_fd(),
+        };
+        let process = engine.keeper.spawn(arena, objects).map_err(host("spawning a world"))?;
         let mut world = RawWorld {
             process,
             engine: Arc::clone(engine),
@@ -113,6 +123,7 @@ impl RawEngine {
             fx_state: FxState::Ours,
             cpuid_faults: false,
             finished: false,
+            answered: 0,
         };
         let cpu = engine.cpu.load(Ordering::Relaxed);
         if cpu != UNBOUND {
@@ -161,6 +172,8 @@ pub struct RawWorld {
     cpuid_faults: bool,
     /// We have sent SIGKILL: it never gets the turn again, even if it is not dead yet.
     finished: bool,
+    /// Faults the world had answered when we last asked.
+    answered: u32,
 }
 
 impl RawWorld {
@@ -362,6 +375,8 @@ impl World for RawWorld {
         if matches!(backing, Backing::Code(_)) && prot.contains(Prot::WRITE) {
             return Err(refused(at, len, "code memory is never writable in a world"));
         }
+        let data = matches!(backing, Backing::Ram(_)) && !prot.contains(Prot::EXEC);
+        self.process.arena.show(at.0 >> 12, len >> 12, if data { Shown::Data } else { Shown::Other });
         let c =
             Command { op: op::MAP, a: at.0, b: len, c: host_prot(prot), d: fd as u32, reserved: 0, offset };
         if let Some(last) = self.commands.last_mut()
@@ -377,8 +392,11 @@ impl World for RawWorld {
     }
 
     fn unmap(&mut self, at: WorldLin, len: u32) -> Result<(), WorldError> {
-        if (at.0, len) != (0, 0) {
+        if (at.0, len) == (0, 0) {
+            self.process.arena.show_nothing();
+        } else {
             RawWorld::range(at, len)?;
+            self.process.arena.show(at.0 >> 12, len >> 12, Shown::Nothing);
         }
         self.push(Command { op: op::UNMAP, a: at.0, b: len, ..Command::default() })
     }
@@ -438,6 +456,7 @@ impl World for RawWorld {
         self.vcpu_write(GATE, stub.0);
         self.vcpu_write(GATE + 4, 0x33);
         self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
+        self.process.arena.show(stub.0 >> 12, 1, Shown::Other);
         self.push(Command {
             op: op::MAP,
             a: stub.0,
@@ -454,6 +473,17 @@ impl World for RawWorld {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.died()),
             r => r.map_err(host("binding a world to a CPU")),
         }
+    }
+
+    fn set_fill_rules(&mut self, rules: &FillRules) {
+        self.process.arena.set_fill_rules(rules);
+    }
+
+    fn take_fills(&mut self, each: &mut dyn FnMut(Fill)) -> u32 {
+        let arena = &self.process.arena;
+        arena.take_fills(each);
+        let now = arena.faults_answered();
+        now.wrapping_sub(std::mem::replace(&mut self.answered, now))
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

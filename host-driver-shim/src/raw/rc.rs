@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
 use super::entry::subring_rc_resume;
+use super::fill::NO_FAULT;
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -77,6 +78,8 @@ pub(crate) unsafe extern "C" fn serve() -> ! {
             unsafe { (*a).exit.kind.store(exit_kind::COMMANDS_DONE, Release) };
             continue;
         }
+        // SAFETY: as above.
+        unsafe { (*a).fill.last.store(NO_FAULT, Relaxed) };
         // SAFETY: we are in a world on the runtime's stack; the state comes from the monitor and a fault while
         // loading it is handled (signal.rs).
         unsafe { subring_rc_resume() };
@@ -105,20 +108,21 @@ fn carry_out() -> bool {
     fine
 }
 
+/// Maps `len` bytes of one of the world's descriptors at `at`; negative: the errno.
+pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
+    let mut flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    if len <= POPULATE_UP_TO {
+        flags |= libc::MAP_POPULATE;
+    }
+    let (at, len, prot, fd) = (u64::from(at), u64::from(len), u64::from(prot), u64::from(fd));
+    // SAFETY: replaces guest mappings below 4 GiB only (the jail enforces it), where nothing of ours lives.
+    unsafe { syscall(libc::SYS_mmap, at, len, prot, flags as u64, fd, offset) }.min(0)
+}
+
 fn perform(c: &Command) -> i64 {
     let (at, len) = (u64::from(c.a), u64::from(c.b));
     match c.op {
-        op::MAP => {
-            let mut flags = libc::MAP_SHARED | libc::MAP_FIXED;
-            if c.b <= POPULATE_UP_TO {
-                flags |= libc::MAP_POPULATE;
-            }
-            // SAFETY: replaces guest mappings below 4 GiB only (the jail enforces it), where nothing of ours lives.
-            unsafe {
-                syscall(libc::SYS_mmap, at, len, u64::from(c.c), flags as u64, u64::from(c.d), c.offset)
-            }
-            .min(0)
-        }
+        op::MAP => map(c.a, c.b, c.c, c.d, c.offset),
         op::UNMAP if c.b == 0 => {
             const HALF: u64 = 1 << 31;
             // SAFETY: removes guest mappings below 4 GiB only.

@@ -1,16 +1,21 @@
 //! Signals in a world: how the hardware's exceptions on guest code become exit records.
 //!
-//! A frame that interrupted guest code is copied into the arena and abandoned, never returned to: the kernel starts the
-//! signal stack from its top again because guest stacks lie below 4 GiB. A frame that interrupted the runtime is
-//! returned to, possibly elsewhere.
+//! A frame that interrupted guest code is copied into the arena and abandoned, never returned to by sigreturn: the kernel
+//! starts the signal stack from its top again because guest stacks lie below 4 GiB. If the fault can be answered here
+//! ([`rc_fill`]), guest code goes on from the frame itself. A frame that interrupted the runtime is returned to, possibly
+//! elsewhere.
 
 use std::arch::asm;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::arena::{Arena, GATE, exit_kind};
-use super::entry::{bad_state_address, resume_range, subring_rc_leave, subring_rc_resume};
+use super::entry::{
+    bad_state_address, resume_range, return_range, subring_rc_leave, subring_rc_resume, subring_rc_return,
+};
 use super::rc::{arena, death, die};
+use super::rc_fill;
 use crate::shared::copy;
+use crate::world::FillMode;
 
 /// The signal that interrupts guest code.
 pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
@@ -18,6 +23,7 @@ pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
 /// The host's 64-bit user code selector: whatever interrupted code ran with it is not guest code (or has escaped).
 const CS64: u64 = 0x33;
 const TF: i64 = 0x100;
+const PAGE_FAULT: i64 = 14;
 const FOUR_GIB: u64 = 1 << 32;
 
 /// The handler of every signal, called by `subring_rc_signal_entry`.
@@ -36,6 +42,13 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     }
     // SAFETY: `arena` is the mapped arena; the frame is live; we are on the signal stack, which nobody needs after this.
     unsafe {
+        if signal == libc::SIGSEGV && code > 0 && may_answer(gregs, csgsfs, arena) {
+            let (cr2, error) = (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32);
+            if rc_fill::answer(arena, cr2, error, csgsfs as u16) {
+                (*arena).returning.store(uc.expose_provenance() as u64, Release);
+                subring_rc_return();
+            }
+        }
         save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
         let exit = &(*arena).exit;
         let kind = match signal {
@@ -56,6 +69,58 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     }
 }
 
+/// Whether a fault is a page fault at an address that can be trusted to be the guest's: of code with user rights only
+/// while its data segments are those it was given (it can load the host's flat ones, which have another base).
+///
+/// # Safety
+/// `arena` is the mapped arena.
+unsafe fn may_answer(gregs: &[i64; 23], csgsfs: u64, arena: *const Arena) -> bool {
+    if greg(gregs, libc::REG_TRAPNO) != PAGE_FAULT {
+        return false;
+    }
+    // SAFETY: by contract; the monitor writes both only when it has the turn.
+    let (mode, user_cs, sel) = unsafe {
+        let rules = &raw const (*arena).fill.rules;
+        let sel = (&raw const (*arena).regs.sel).read_volatile();
+        ((&raw const (*rules).mode).read_volatile(), (&raw const (*rules).user_cs).read_volatile(), sel)
+    };
+    let [es, ds, fs, gs] = data_selectors();
+    let ss = (csgsfs >> 48) as u16;
+    if !mode.contains(FillMode::SUPERVISOR) {
+        return sel == [es, csgsfs as u16, ss, ds, fs, gs];
+    }
+    // Every descriptor of the LDT is one of ours.
+    let ours = |s: u16| s & !3 == 0 || s & 4 != 0;
+    user_cs == 0 || user_cs != csgsfs as u32 & 0xffff || [es, ds, fs, gs, ss].into_iter().all(ours)
+}
+
+/// What `subring_rc_return` calls when a kick came before it was back in guest code: leaves for the monitor instead.
+///
+/// # Safety
+/// Only in a world, with the context of the signal frame that interrupted guest code.
+pub(crate) unsafe extern "C" fn kicked(uc: *mut libc::ucontext_t) -> ! {
+    let arena = arena();
+    // SAFETY: by contract the frame is live, and `arena` is the mapped arena.
+    unsafe {
+        let gregs = &(*uc).uc_mcontext.gregs;
+        let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
+        save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
+        (*arena).exit.kind.store(exit_kind::KICK, Release);
+        subring_rc_leave();
+    }
+}
+
+/// ES, DS, FS and GS as the hardware has them: signals do not change them.
+fn data_selectors() -> [u16; 4] {
+    let (es, ds, fs, gs): (u32, u32, u32, u32);
+    // SAFETY: reads segment registers only.
+    unsafe {
+        asm!("mov {0:e}, es", "mov {1:e}, ds", "mov {2:e}, fs", "mov {3:e}, gs", out(reg) es, out(reg) ds, out(reg) fs,
+            out(reg) gs, options(nomem, nostack, preserves_flags));
+    }
+    [es as u16, ds as u16, fs as u16, gs as u16]
+}
+
 fn greg(gregs: &[i64; 23], index: i32) -> i64 {
     gregs.get(index as usize).copied().unwrap_or(0)
 }
@@ -66,8 +131,11 @@ fn in_runtime(signal: i32, code: i32, gregs: &mut [i64; 23], arena: *mut Arena) 
     let resume = resume_range();
     if signal == KICK_SIGNAL {
         // Outside the way in nothing is to be done: the way in looks at the flag. Inside it, start it again.
+        let back = return_range();
         if resume.contains(&rip) {
             gregs[libc::REG_RIP as usize] = resume.start as i64;
+        } else if back.contains(&rip) {
+            gregs[libc::REG_RIP as usize] = back.start as i64;
         } else if rip < FOUR_GIB && !in_stub(rip, arena) {
             die(death::ESCAPED);
         }
@@ -107,12 +175,7 @@ fn in_stub(rip: u64, arena: *const Arena) -> bool {
 /// `fp` points to the frame's FXSAVE image, `arena` to the mapped arena.
 unsafe fn save_guest(gregs: &[i64; 23], csgsfs: u64, fp: *const u8, arena: *mut Arena) {
     use libc::{REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RSI, REG_RSP};
-    let (es, ds, fs, gs): (u32, u32, u32, u32);
-    // SAFETY: reads segment registers only.
-    unsafe {
-        asm!("mov {0:e}, es", "mov {1:e}, ds", "mov {2:e}, fs", "mov {3:e}, gs", out(reg) es, out(reg) ds, out(reg) fs,
-            out(reg) gs, options(nomem, nostack, preserves_flags));
-    }
+    let [es, ds, fs, gs] = data_selectors();
     // SAFETY: `arena` is mapped, and while the world has the turn only we write its registers; the frame's FXSAVE image
     // is 512 bytes (more follow it).
     unsafe {
@@ -124,7 +187,7 @@ unsafe fn save_guest(gregs: &[i64; 23], csgsfs: u64, fp: *const u8, arena: *mut 
         }
         (&raw mut (*regs).eip).write_volatile(greg(gregs, libc::REG_RIP) as u32);
         (&raw mut (*regs).eflags).write_volatile(greg(gregs, libc::REG_EFL) as u32);
-        let sel = [es as u16, csgsfs as u16, (csgsfs >> 48) as u16, ds as u16, fs as u16, gs as u16];
+        let sel = [es, csgsfs as u16, (csgsfs >> 48) as u16, ds, fs, gs];
         (&raw mut (*regs).sel).write_volatile(sel);
         copy(fp, (&raw mut (*arena).fx).cast(), 512);
     }

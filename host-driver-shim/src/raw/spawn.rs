@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::arena::{ARENA_FD, ArenaMap, CODE_FD, RAM_FD, Word, turn};
+use super::arena::{ARENA_FD, ArenaMap, CODE_FD, RAM_FD, WATCHED_FD, Word, turn};
 use super::init::{CONSTRUCTOR, STEPS, WORLD_ENV, WORLD_VALUE};
 use super::rc::death;
 
@@ -121,11 +121,19 @@ pub(crate) fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeou
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const *timeout) };
 }
 
+/// Descriptors of the memory objects a world gets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Objects {
+    pub(crate) ram: RawFd,
+    pub(crate) code: RawFd,
+    /// The bitmap of watched frames, read-only.
+    pub(crate) watched: RawFd,
+}
+
 /// What the keeper is asked to do.
 struct Order {
     arena: ArenaMap,
-    ram: RawFd,
-    code: RawFd,
+    objects: Objects,
     answer: Sender<io::Result<Arc<Process>>>,
 }
 
@@ -154,15 +162,11 @@ impl Keeper {
         Ok(Keeper { orders: Some(orders), bell, thread: Some(thread) })
     }
 
-    /// Spawns a world process. `ram` and `code` stay open during the call.
-    pub(crate) fn spawn(&self, arena: ArenaMap, ram: RawFd, code: RawFd) -> io::Result<Arc<Process>> {
+    /// Spawns a world process. The objects stay open during the call.
+    pub(crate) fn spawn(&self, arena: ArenaMap, objects: Objects) -> io::Result<Arc<Process>> {
         let gone = || io::Error::other("the world keeper is gone");
         let (answer, result) = channel();
-        self.orders
-            .as_ref()
-            .ok_or_else(gone)?
-            .send(Order { arena, ram, code, answer })
-            .map_err(|_| gone())?;
+        self.orders.as_ref().ok_or_else(gone)?.send(Order { arena, objects, answer }).map_err(|_| gone())?;
         ring(&self.bell);
         result.recv().map_err(|_| gone())?
     }
@@ -201,7 +205,7 @@ fn keep(inbox: &Receiver<Order>, bell: &OwnedFd) {
         loop {
             match inbox.try_recv() {
                 Ok(order) => {
-                    let made = make(order.arena, order.ram, order.code);
+                    let made = make(order.arena, order.objects);
                     if let Ok(process) = &made {
                         alive.push(Arc::clone(process));
                     }
@@ -222,11 +226,16 @@ fn keep(inbox: &Receiver<Order>, bell: &OwnedFd) {
 }
 
 /// Executes this very program as a world.
-fn make(arena: ArenaMap, ram: RawFd, code: RawFd) -> io::Result<Arc<Process>> {
+fn make(arena: ArenaMap, objects: Objects) -> io::Result<Arc<Process>> {
     // Reading it keeps the constructor in the program whatever the linker thinks of it.
     // SAFETY: reads an initialised static.
     let _kept = unsafe { (&raw const CONSTRUCTOR).read_volatile() };
-    let pid = posix_spawn(&[(ram, RAM_FD), (code, CODE_FD), (arena.fd(), ARENA_FD)])?;
+    let pid = posix_spawn(&[
+        (objects.ram, RAM_FD),
+        (objects.code, CODE_FD),
+        (arena.fd(), ARENA_FD),
+        (objects.watched, WATCHED_FD),
+    ])?;
     // SAFETY: touches no memory. The child is not reaped yet, so the number is still its own.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if raw < 0 {

@@ -632,6 +632,7 @@ impl Em {
                     }
                 }
             }
+            self.account.set_inline("shadow fill, in the world", raw.filled_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
                 let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();

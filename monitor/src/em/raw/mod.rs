@@ -11,6 +11,7 @@
 mod exits;
 mod fill;
 mod follow;
+mod in_world;
 mod joint;
 pub mod kernel_code;
 pub mod layout;
@@ -394,6 +395,12 @@ impl RawEngine {
         self.kernels.iter().map(|s| u64::from(s.world.vcpu_read(at))).sum()
     }
 
+    /// Shadow misses worlds have filled by themselves.
+    #[must_use]
+    pub fn filled_in_worlds(&self) -> u64 {
+        self.kernels.iter().chain(&self.users).map(|s| s.filled).sum()
+    }
+
     /// Why the CPU's state is not for raw mode, if it is not.
     #[must_use]
     pub fn refusal(cpu: &CpuState) -> Option<RawRefusal> {
@@ -491,6 +498,12 @@ impl RawEngine {
             *self.space(place).world.fpu() = cpu.fpu.0;
             self.fpu_in = Some(place);
         }
+        let user_cs = match place {
+            Place::Kernel(i) if matches!(self.kernels[i].role, Role::Joint { .. }) => {
+                self.user_code_selector()
+            }
+            _ => 0,
+        };
         let descriptors = &self.descriptors;
         let space = match place {
             Place::Kernel(i) => &mut self.kernels[i],
@@ -499,9 +512,13 @@ impl RawEngine {
         for selector in sel {
             space.install(descriptors, selector)?;
         }
+        let layout = self.layout;
+        space.allow_fills(cpu, &layout, user_cs, self.boundary);
         let entered = host_tsc();
         let exit = space.run(&mut regs);
-        self.last_run = (entered, host_tsc());
+        let left = host_tsc();
+        space.take_fills(&layout, m.frames())?;
+        self.last_run = (entered, left);
         let exit = match exit {
             Ok(exit) => exit,
             Err(WorldError::BadState(why)) => {

@@ -112,6 +112,12 @@ impl RawEngine {
         Ok(())
     }
 
+    /// The host selector of ring 3's code in joint worlds; 0 if there is none.
+    pub(super) fn user_code_selector(&mut self) -> u16 {
+        let user_cs = self.transitions.user_cs;
+        self.boundary.map_or(0, |b| self.descriptors.selector(&user_cs, true, &self.layout, Some(b)))
+    }
+
     /// Ring 3 makes system calls by this vector.
     pub fn note_system_call(&mut self, vector: u8) {
         self.transitions.vector = Some(vector);

@@ -8,7 +8,9 @@ use crate::machine::Machine;
 use crate::pgm::shadow::{Entry, Scope, Shadow};
 use crate::pgm::walk::Leaf;
 use csam::GuestLin;
-use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
+use host_driver_shim::world::{
+    Backing, FillRules, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin,
+};
 use std::collections::HashMap;
 
 /// The host's own flat 32-bit code selector (GDT entry 4, RPL 3): base 0, limit 4 GiB.
@@ -156,6 +158,10 @@ pub struct Space {
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
     installed: Vec<u64>,
     installed_generation: u32,
+    /// What the world was told about filling its shadow (`in_world.rs`).
+    pub(super) fill_rules: Option<FillRules>,
+    /// Shadow misses the world says it has filled by itself.
+    pub filled: u64,
 }
 
 impl Space {
@@ -174,6 +180,8 @@ impl Space {
             cache_version: 0,
             installed: Vec::new(),
             installed_generation: 0,
+            fill_rules: None,
+            filled: 0,
         }
     }
 
@@ -270,11 +278,7 @@ impl Space {
         layout: &Layout,
     ) -> Result<(), WorldError> {
         let Some(first) = leaves.first() else { return Ok(()) };
-        if self.data.small() > MAX_SMALL_MAPPINGS {
-            let runs: Vec<GuestLin> = self.data.pages().map(|(l, _)| l).collect();
-            self.data.clear_all();
-            unmap_runs(self.world.as_mut(), layout, &runs)?;
-        }
+        self.limit_mappings(layout)?;
         let prot = if host_write { Prot::READ | Prot::WRITE } else { Prot::READ };
         self.world.map(
             layout.data(lin.page_base()),
@@ -286,6 +290,16 @@ impl Space {
             self.data.set(lin.page_base().wrapping_add((i as u32) << 12), Entry::new(leaf, host_write));
         }
         Ok(())
+    }
+
+    /// Empties the data view if it has too many mappings for the host.
+    pub(super) fn limit_mappings(&mut self, layout: &Layout) -> Result<(), WorldError> {
+        if self.data.small() <= MAX_SMALL_MAPPINGS {
+            return Ok(());
+        }
+        let runs: Vec<GuestLin> = self.data.pages().map(|(l, _)| l).collect();
+        self.data.clear_all();
+        unmap_runs(self.world.as_mut(), layout, &runs)
     }
 
     /// Maps one page into the code view.

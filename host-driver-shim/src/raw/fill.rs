@@ -1,0 +1,199 @@
+//! Shadow fill inside worlds: what monitor and world share for it, and the monitor's side.
+//!
+//! 1. The monitor says by [`FillRules`] what the world needs for a walk of the guest's tables.
+//! 2. Two bitmaps in the arena, a bit a page of the world's 4 GiB: [`FillArea::present`] (guest data is mapped there, by
+//!    whichever side) and [`FillArea::foreign`] (something else is: code, our own pages). The monitor keeps them up to
+//!    date as it queues commands, the world as it maps. Only the side that has the turn touches them.
+//! 3. The world notes each run it mapped in [`FillArea::log`]; the monitor takes the notes after the run, as allegations.
+//!
+//! The world's side is [`super::rc_fill`], its walk [`super::rc_walk`].
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use super::arena::{Arena, ArenaMap};
+use crate::world::{Fill, FillRules, WorldLin};
+
+/// Pages of a world.
+const PAGES: u32 = 1 << 20;
+/// How many runs the log holds.
+pub(crate) const LOG: usize = 512;
+/// No fault has been answered since the world was entered.
+pub(crate) const NO_FAULT: u32 = u32::MAX;
+
+/// One bit for each page of a world.
+pub(crate) type Bitmap = [AtomicU32; (PAGES / 32) as usize];
+
+/// One note of the log.
+#[repr(C)]
+pub(crate) struct Note {
+    /// World page number.
+    pub(crate) page: AtomicU32,
+    pub(crate) pages: AtomicU32,
+    pub(crate) pfn: AtomicU32,
+    pub(crate) rights: AtomicU32,
+}
+
+/// The part of the arena that is about filling.
+#[repr(C, align(4096))]
+pub(crate) struct FillArea {
+    pub(crate) present: Bitmap,
+    pub(crate) foreign: Bitmap,
+    pub(crate) rules: FillRules,
+    /// Set-up: size of guest RAM in pages.
+    pub(crate) ram_pages: AtomicU32,
+    /// How many notes there are.
+    pub(crate) noted: AtomicU32,
+    /// How many faults were answered, ever (wraps).
+    pub(crate) answered: AtomicU32,
+    /// The fault answered last without an exit since: page address and bit 1 for a write; or [`NO_FAULT`].
+    pub(crate) last: AtomicU32,
+    pub(crate) log: [Note; LOG],
+}
+
+const _: () = {
+    assert!(
+        offset_of!(FillArea, foreign).is_multiple_of(4096)
+            && offset_of!(FillArea, rules).is_multiple_of(4096)
+    );
+    assert!(size_of::<Note>() == 16);
+};
+
+/// Whether the bit of this page is set; what is beyond the last page is.
+pub(crate) fn is_set(map: &Bitmap, page: u32) -> bool {
+    map.get((page / 32) as usize).is_none_or(|w| w.load(Relaxed) >> (page % 32) & 1 != 0)
+}
+
+/// Sets or clears the bits of a run of pages, as far as they exist.
+pub(crate) fn put(map: &Bitmap, first: u32, pages: u32, on: bool) {
+    let end = first.saturating_add(pages).min(PAGES);
+    let mut at = first;
+    while at < end {
+        let n = (32 - at % 32).min(end - at);
+        let mask = (u32::MAX >> (32 - n)) << (at % 32);
+        if let Some(w) = map.get((at / 32) as usize) {
+            let old = w.load(Relaxed);
+            let new = if on { old | mask } else { old & !mask };
+            if new != old {
+                w.store(new, Relaxed);
+            }
+        }
+        at += n;
+    }
+}
+
+/// What a mapping puts into a page of a world.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Shown {
+    Nothing,
+    /// Guest RAM for data accesses.
+    Data,
+    /// Code, or something of ours.
+    Other,
+}
+
+impl ArenaMap {
+    /// Notes what is mapped in a run of world pages from the next run on.
+    pub(crate) fn show(&self, first: u32, pages: u32, what: Shown) {
+        put(self.bitmap(offset_of!(FillArea, present)), first, pages, what == Shown::Data);
+        put(self.bitmap(offset_of!(FillArea, foreign)), first, pages, what == Shown::Other);
+    }
+
+    /// Notes that nothing is mapped any more.
+    pub(crate) fn show_nothing(&self) {
+        // Both bitmaps: given back to the host, so they read as zero.
+        let (start, len) = (offset_of!(Arena, fill), 2 * size_of::<Bitmap>());
+        if self.shared().discard(start as u64, len).is_err() {
+            self.show(0, PAGES, Shown::Nothing);
+        }
+    }
+
+    fn bitmap(&self, offset: usize) -> &Bitmap {
+        // SAFETY: `offset` is that of one of the two bitmaps, so this lies inside the mapping, which lives as long as
+        // self, at a multiple of 4; the elements are atomics.
+        unsafe { &*self.shared().base().as_ptr().add(offset_of!(Arena, fill) + offset).cast::<Bitmap>() }
+    }
+
+    pub(crate) fn set_fill_rules(&self, rules: &FillRules) {
+        let at = offset_of!(Arena, fill) + offset_of!(FillArea, rules);
+        // SAFETY: both sides are one FillRules; the destination is inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy((&raw const *rules).cast(), to, size_of::<FillRules>());
+        }
+    }
+
+    pub(crate) fn set_ram_pages(&self, pages: u32) {
+        self.fill_word(offset_of!(FillArea, ram_pages)).store(pages, Relaxed);
+        self.fill_word(offset_of!(FillArea, last)).store(NO_FAULT, Relaxed);
+    }
+
+    /// How many faults the world says it has answered, ever.
+    pub(crate) fn faults_answered(&self) -> u32 {
+        self.fill_word(offset_of!(FillArea, answered)).load(Relaxed)
+    }
+
+    /// Hands over the log and empties it. At most [`LOG`] notes of any content.
+    pub(crate) fn take_fills(&self, each: &mut dyn FnMut(Fill)) {
+        let noted = self.fill_word(offset_of!(FillArea, noted));
+        let n = (noted.load(Relaxed) as usize).min(LOG);
+        for i in 0..n {
+            let note = offset_of!(FillArea, log) + i * size_of::<Note>();
+            let read = |field: usize| self.fill_word(note + field).load(Relaxed);
+            each(Fill {
+                at: WorldLin(read(offset_of!(Note, page)) << 12),
+                pages: read(offset_of!(Note, pages)),
+                pfn: read(offset_of!(Note, pfn)),
+                rights: read(offset_of!(Note, rights)),
+            });
+        }
+        if n != 0 {
+            noted.store(0, Relaxed);
+        }
+    }
+
+    /// The atomic word at this offset of the fill area.
+    fn fill_word(&self, offset: usize) -> &AtomicU32 {
+        debug_assert!(offset + 4 <= size_of::<FillArea>());
+        // SAFETY: the callers pass the offset of an AtomicU32 inside FillArea (of the log: i < LOG), so it lies in the
+        // mapping, which lives as long as self.
+        unsafe {
+            AtomicU32::from_ptr(self.shared().base().as_ptr().add(offset_of!(Arena, fill) + offset).cast())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_bits_end_where_they_should() {
+        let arena = ArenaMap::new().unwrap();
+        let map = arena.bitmap(0);
+        for (first, pages) in [(0, 1), (31, 2), (5, 100), (64, 32), (PAGES - 3, 10)] {
+            put(map, first, pages, true);
+            let set = (0..PAGES).filter(|&p| is_set(map, p));
+            assert!(set.eq(first..(first + pages).min(PAGES)), "{first} {pages}");
+            put(map, first, pages, false);
+            assert!((0..PAGES).all(|p| !is_set(map, p)));
+        }
+        assert!(is_set(map, PAGES));
+    }
+
+    #[test]
+    fn what_is_shown_last_counts() {
+        let arena = ArenaMap::new().unwrap();
+        let both = |page| {
+            let foreign = arena.bitmap(offset_of!(FillArea, foreign));
+            (is_set(arena.bitmap(0), page), is_set(foreign, page))
+        };
+        arena.show(100, 3, Shown::Data);
+        arena.show(101, 1, Shown::Other);
+        assert_eq!((both(100), both(101), both(102)), ((true, false), (false, true), (true, false)));
+        arena.show(102, 1, Shown::Nothing);
+        assert_eq!(both(102), (false, false));
+        arena.show_nothing();
+        assert_eq!((both(100), both(101)), ((false, false), (false, false)));
+    }
+}

@@ -1,0 +1,262 @@
+//! The world's side of shadow fill: a data fault that the guest's own tables allow is answered by mapping guest RAM,
+//! without the monitor.
+//!
+//! What it does is what the monitor's `em/raw/fill.rs` does: same walk, same pages around, same write access. Whatever is
+//! not plain (code in the way, devices, watched frames, our own pages) is left to the monitor.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicU8, AtomicU32};
+
+use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
+use super::fill::{LOG, Note, is_set, put};
+use super::rc::map;
+use super::rc_walk::{Page, Tables, prefetch, right, walk};
+use crate::world::{FillMode, FillRules};
+
+/// Pages mapped around a faulting one where the guest has them present. As in the monitor.
+const AROUND: u32 = 16;
+/// 4 KiB pages mapped of a large one.
+const LARGE_PAGES: u32 = 512;
+/// World pages below this are never mapped (vm.mmap_min_addr of an ordinary account).
+const LOW_PAGES: u32 = 16;
+/// Page-fault error code: a write.
+const PF_WRITE: u32 = 2;
+/// Page-fault error code: a fetch.
+const PF_FETCH: u32 = 16;
+
+/// Guest RAM through the runtime's own mapping.
+struct Ram {
+    pages: u32,
+}
+
+impl Ram {
+    fn word(&self, at: u64) -> Option<&AtomicU32> {
+        if !at.is_multiple_of(4) || at >> 12 >= u64::from(self.pages) {
+            return None;
+        }
+        let at: *mut u32 = std::ptr::with_exposed_provenance_mut((RAM_VA + at) as usize);
+        // SAFETY: guest RAM has `pages` pages and is mapped at RAM_VA for the world's whole life; `at` is a multiple of 4
+        // inside it. A world that lies about `pages` to itself ends by the fault.
+        Some(unsafe { AtomicU32::from_ptr(at) })
+    }
+
+    fn holds(&self, pfn: u64) -> bool {
+        pfn < u64::from(self.pages)
+    }
+
+    /// Writes to this frame are the monitor's business.
+    fn is_watched(&self, pfn: u64) -> bool {
+        if !self.holds(pfn) {
+            return true;
+        }
+        let at: *mut u8 = std::ptr::with_exposed_provenance_mut((WATCHED_VA + pfn / 8) as usize);
+        // SAFETY: the bitmap has a bit for each frame of RAM and is mapped, readable, for the world's whole life.
+        let byte = unsafe { AtomicU8::from_ptr(at) }.load(Relaxed);
+        byte >> (pfn % 8) & 1 != 0
+    }
+}
+
+impl Tables for Ram {
+    fn read(&self, at: u64) -> Option<u32> {
+        self.word(at).map(|w| w.load(Relaxed))
+    }
+    fn update(&self, at: u64, old: u32, new: u32) -> bool {
+        !self.is_watched(at >> 12)
+            && self.word(at).is_some_and(|w| w.compare_exchange(old, new, SeqCst, Relaxed).is_ok())
+    }
+}
+
+/// Answers a page fault of guest code if it is only a shadow miss; `false`: the monitor must look at it.
+///
+/// # Safety
+/// In a world, `a` is its mapped arena, and the world has the turn.
+pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+    // SAFETY: by contract; everything in the fill area but the rules is atomic.
+    let (area, rules) = unsafe { (&raw const (*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
+    if error & PF_FETCH != 0 || !rules.mode.contains(FillMode::ENABLED) {
+        return false;
+    }
+    // SAFETY: as above: references to arrays of atomics and to atomics.
+    let (present, foreign, last, answered, ram_pages) = unsafe {
+        (
+            &(*area).present,
+            &(*area).foreign,
+            &(*area).last,
+            &(*area).answered,
+            (*area).ram_pages.load(Relaxed),
+        )
+    };
+    let write = error & PF_WRITE != 0;
+    // The same fault again: the host does not do what we think. The monitor knows more.
+    let this = cr2 & !0xfff | u32::from(write) << 1;
+    if last.swap(this, Relaxed) == this {
+        return false;
+    }
+    let user_code = rules.user_cs != 0 && rules.user_cs == u32::from(cs);
+    let user = user_code || !rules.mode.contains(FillMode::SUPERVISOR);
+    let ram = Ram { pages: ram_pages };
+    let lin = cr2.wrapping_sub(rules.delta);
+    let place = Places { rules: &rules, foreign };
+    if place.is_taken(cr2 >> 12) {
+        return false;
+    }
+    let Some(page) = walk(&ram, &rules, lin, write, user) else { return false };
+    let exposed = |at: u32, rights: u32| rights & right::USER == 0 && at < rules.users_below;
+    if exposed(lin, page.rights) {
+        return false;
+    }
+    if !ram.holds(page.frame >> 12) || write && ram.is_watched(page.frame >> 12) {
+        return false;
+    }
+    let large = page.rights & right::LARGE != 0;
+    let span = if large { LARGE_PAGES } else { AROUND };
+    let centre = lin >> 12;
+    let low = centre & !(span - 1);
+    let delta_pages = rules.delta >> 12;
+    if large && place.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
+        return false;
+    }
+    // SAFETY: as above.
+    let mut runs = Runs {
+        area: unsafe { &*(&raw const (*area).log) },
+        noted: unsafe { &(*area).noted },
+        present,
+        run: None,
+    };
+    let mut fine = runs.have_room();
+    for number in low..low.wrapping_add(span) {
+        let at = number.wrapping_add(delta_pages) & 0xf_ffff;
+        let skip = at < LOW_PAGES || number != centre && is_set(present, at) || place.is_taken(at);
+        let this = if skip {
+            None
+        } else if number == centre {
+            Some(page)
+        } else if large {
+            let into = u64::from(number).wrapping_sub(u64::from(centre)) << 12;
+            Some(Page { frame: page.frame.wrapping_add(into), ..page })
+        } else {
+            prefetch(&ram, &rules, number << 12, user).filter(|p| !exposed(number << 12, p.rights))
+        };
+        let this = this.filter(|p| ram.holds(p.frame >> 12)).map(|p| {
+            let allowed = p.rights & right::WRITABLE != 0 || !user && !rules.mode.contains(FillMode::WP);
+            let writes = allowed && p.rights & right::DIRTY != 0 && !ram.is_watched(p.frame >> 12);
+            (p.frame >> 12, p.rights | if writes { right::HOST_WRITE } else { 0 })
+        });
+        fine = fine && runs.add(at, this);
+    }
+    fine = fine && runs.finish();
+    if fine {
+        answered.store(answered.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+    fine
+}
+
+/// Which world pages are not the guest's data's.
+struct Places<'a> {
+    rules: &'a FillRules,
+    foreign: &'a super::fill::Bitmap,
+}
+
+impl Places<'_> {
+    /// One of our own reservations overlaps these pages.
+    fn keeps_out(&self, page: u32, pages: u32) -> bool {
+        self.rules.keep_out.iter().any(|&(first, len)| {
+            len != 0 && page < first.saturating_add(len) && first < page.saturating_add(pages)
+        })
+    }
+    fn is_taken(&self, page: u32) -> bool {
+        page < LOW_PAGES || is_set(self.foreign, page) || self.keeps_out(page, 1)
+    }
+}
+
+/// Pages that follow each other in the world and in RAM, with the same host access: one mapping.
+struct Run {
+    at: u32,
+    pfn: u64,
+    pages: u32,
+    writes: bool,
+    /// Rights of each page; of a large page (they are all the same) the first only.
+    rights: [u8; AROUND as usize],
+}
+
+struct Runs<'a> {
+    area: &'a [Note; LOG],
+    noted: &'a AtomicU32,
+    present: &'a super::fill::Bitmap,
+    run: Option<Run>,
+}
+
+impl Runs<'_> {
+    /// The log takes what a window of small pages may need.
+    fn have_room(&self) -> bool {
+        self.noted.load(Relaxed) as usize + AROUND as usize <= LOG
+    }
+
+    /// The next page of the window; `None` is a gap. False if the host or the log refuses.
+    fn add(&mut self, at: u32, page: Option<(u64, u32)>) -> bool {
+        let Some((pfn, rights)) = page else { return self.finish() };
+        let writes = rights & right::HOST_WRITE != 0;
+        if let Some(run) = &mut self.run
+            && run.at.wrapping_add(run.pages) == at
+            && run.pfn.wrapping_add(u64::from(run.pages)) == pfn
+            && run.writes == writes
+        {
+            if let Some(r) = run.rights.get_mut(run.pages as usize) {
+                *r = rights as u8;
+            }
+            run.pages = run.pages.wrapping_add(1);
+            return true;
+        }
+        let fine = self.finish();
+        let mut all = [0; AROUND as usize];
+        if let Some(r) = all.first_mut() {
+            *r = rights as u8;
+        }
+        self.run = Some(Run { at, pfn, pages: 1, writes, rights: all });
+        fine
+    }
+
+    /// Maps the run and notes it.
+    fn finish(&mut self) -> bool {
+        let Some(run) = self.run.take() else { return true };
+        if !self.have_room() {
+            return false;
+        }
+        let prot = libc::PROT_READ | if run.writes { libc::PROT_WRITE } else { 0 };
+        if map(run.at << 12, run.pages << 12, prot as u32, RAM_FD as u32, run.pfn << 12) < 0 {
+            return false;
+        }
+        put(self.present, run.at, run.pages, true);
+        let [first, ..] = run.rights;
+        if u32::from(first) & right::LARGE != 0 {
+            self.note(run.at, run.pages, run.pfn, first);
+            return true;
+        }
+        // One note for neighbours with the same rights.
+        let (mut from, mut have) = (0u32, first);
+        for i in 1..=run.pages {
+            let rights = if i == run.pages { None } else { run.rights.get(i as usize).copied() };
+            if rights != Some(have) {
+                self.note(
+                    run.at.wrapping_add(from),
+                    i.wrapping_sub(from),
+                    run.pfn.wrapping_add(u64::from(from)),
+                    have,
+                );
+                (from, have) = (i, rights.unwrap_or(0));
+            }
+        }
+        true
+    }
+
+    fn note(&self, at: u32, pages: u32, pfn: u64, rights: u8) {
+        let n = self.noted.load(Acquire);
+        if let Some(note) = self.area.get(n as usize) {
+            note.page.store(at, Relaxed);
+            note.pages.store(pages, Relaxed);
+            note.pfn.store(pfn as u32, Relaxed);
+            note.rights.store(u32::from(rights), Relaxed);
+            self.noted.store(n.wrapping_add(1), Release);
+        }
+    }
+}

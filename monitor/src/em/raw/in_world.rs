@@ -1,0 +1,138 @@
+//! Shadow misses that worlds fill by themselves: telling them how, and taking over what they did.
+
+use super::layout::{Layout, TRAMP_LEN, USER_TRAMP_LEN};
+use super::space::{Role, Space};
+use crate::cpum::{CpuState, cr0, cr4, efer};
+use crate::pgm::shadow::Entry;
+use crate::pgm::walk::Leaf;
+use csam::{GuestLin, GuestPhys};
+use host_driver_shim::raw::rc_walk::right;
+use host_driver_shim::world::{Fill, FillMode, FillRules, WorldError};
+
+/// The longest run a world can have mapped: a large page's worth.
+const MAX_RUN: u32 = 512;
+
+/// What a world for `role` needs to fill its shadow as [`super::RawEngine`] would.
+fn rules(cpu: &CpuState, role: Role, layout: &Layout, user_cs: u16, boundary: Option<u32>) -> FillRules {
+    let supervisor = !matches!(role, Role::User { .. });
+    let mut mode = FillMode::empty();
+    mode.set(FillMode::ENABLED, cpu.paging());
+    mode.set(FillMode::SUPERVISOR, supervisor);
+    mode.set(FillMode::WP, cpu.cr0 & cr0::WP != 0);
+    mode.set(FillMode::PSE, cpu.cr4 & cr4::PSE != 0);
+    mode.set(FillMode::PAE, cpu.cr4 & cr4::PAE != 0);
+    mode.set(FillMode::PGE, cpu.cr4 & cr4::PGE != 0);
+    mode.set(FillMode::NXE, cpu.msr.efer & efer::NXE != 0);
+    let mut keep_out = [(0, 0); 8];
+    if supervisor {
+        let page = |lin: u32| layout.data(GuestLin(lin)).0 >> 12;
+        let tramp = layout.code(GuestLin(layout.user_tramp())).0 >> 12;
+        keep_out[0] = (page(layout.vcpu), 1);
+        keep_out[1] = (page(layout.gate), 1);
+        keep_out[2] = (tramp, (USER_TRAMP_LEN + TRAMP_LEN) >> 12);
+    }
+    let users_below = if user_cs == 0 { 0 } else { boundary.unwrap_or(0) };
+    FillRules {
+        pdpte: cpu.pdpte,
+        mode,
+        cr3: cpu.cr3,
+        delta: layout.delta,
+        user_cs: u32::from(user_cs),
+        keep_out,
+        users_below,
+        reserved: 0,
+    }
+}
+
+/// The guest page a world says it has mapped first, and the leaf it says it found; `None` if that cannot be.
+fn checked(fill: &Fill, layout: &Layout, frames: u32) -> Option<(GuestLin, Leaf)> {
+    let end = u64::from(fill.at.0 >> 12) + u64::from(fill.pages);
+    let in_ram = fill.pfn.checked_add(fill.pages).is_some_and(|end| end <= frames);
+    if fill.pages == 0 || fill.pages > MAX_RUN || end > 1 << 20 || !in_ram {
+        return None;
+    }
+    let has = |bit| fill.rights & bit != 0;
+    let leaf = Leaf {
+        frame: GuestPhys(u64::from(fill.pfn) << 12),
+        writable: has(right::WRITABLE),
+        user: has(right::USER),
+        no_execute: has(right::NO_EXECUTE),
+        dirty: has(right::DIRTY),
+        global: has(right::GLOBAL),
+        shift: if has(right::LARGE) { 21 } else { 12 },
+    };
+    Some((layout.guest_of_data(fill.at), leaf))
+}
+
+impl Space {
+    /// Tells the world how it may fill its shadow in the run to come.
+    pub fn allow_fills(&mut self, cpu: &CpuState, layout: &Layout, user_cs: u16, boundary: Option<u32>) {
+        let rules = rules(cpu, self.role, layout, user_cs, boundary);
+        if self.fill_rules != Some(rules) {
+            self.world.set_fill_rules(&rules);
+            self.fill_rules = Some(rules);
+        }
+    }
+
+    /// Enters in the shadow what the world says it mapped in the run that just ended. A lie is believed as far as it is
+    /// possible at all: it spoils the guest's own memory and nothing else.
+    pub fn take_fills(&mut self, layout: &Layout, frames: u32) -> Result<(), WorldError> {
+        let data = &mut self.data;
+        let answered = self.world.take_fills(&mut |fill| {
+            let Some((lin, leaf)) = checked(&fill, layout, frames) else { return };
+            let host_write = fill.rights & right::HOST_WRITE != 0;
+            for i in 0..fill.pages {
+                let frame = GuestPhys(leaf.frame.0 + (u64::from(i) << 12));
+                data.set(lin.wrapping_add(i << 12), Entry::new(&Leaf { frame, ..leaf }, host_write));
+            }
+        });
+        self.filled += u64::from(answered);
+        self.limit_mappings(layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host_driver_shim::fake::FakeWorld;
+    use host_driver_shim::world::WorldLin;
+
+    const FRAMES: u32 = 0x1000;
+
+    fn told(fills: &[Fill]) -> Space {
+        let mut world = FakeWorld::new();
+        world.will_have_filled(fills);
+        let mut space = Space::new(Box::new(world), Role::Supervisor);
+        space.take_fills(&Layout::CANDIDATES[0], FRAMES).unwrap();
+        space
+    }
+
+    #[test]
+    fn what_a_world_mapped_is_in_the_shadow_afterwards() {
+        let layout = Layout::CANDIDATES[0];
+        let at = layout.data(GuestLin(0xc012_3000));
+        let rights = right::WRITABLE | right::DIRTY | right::HOST_WRITE | right::GLOBAL;
+        let mut space = told(&[Fill { at, pages: 3, pfn: 0x123, rights }]);
+        assert_eq!((space.data.len(), space.filled), (3, 1));
+        let last = space.data.get(GuestLin(0xc012_5000));
+        assert!(last.mapped() && last.host_write() && last.global());
+        assert_eq!(last.pfn(), 0x125);
+        // And the frame's mapping is found when the frame becomes code.
+        assert_eq!(space.data.take_writable(0x124), [GuestLin(0xc012_4000)]);
+    }
+
+    #[test]
+    fn impossible_notes_of_a_world_are_ignored() {
+        let fill = |at, pages, pfn| Fill { at: WorldLin(at), pages, pfn, rights: right::ALL };
+        let space = told(&[
+            fill(0x10_0000, 0, 1),
+            fill(0x10_0000, 513, 1),
+            fill(0x10_0000, u32::MAX, 1),
+            fill(0xffff_f000, 2, 1),
+            fill(0x10_0000, 1, FRAMES),
+            fill(0x10_0000, 2, FRAMES - 1),
+            fill(0x10_0000, 2, u32::MAX),
+        ]);
+        assert!(space.data.is_empty());
+    }
+}
