@@ -224,5 +224,7 @@ pub const FEATURES: &[FeatureBit] = &[
     row(EXT, Edx, 26, "PDPE1GB", Hidden, "64-bit paging only"),
     row(EXT, Edx, 27, "RDTSCP", Hidden, "TSC_AUX holds the host's value"),
     row(EXT, Edx, 29, "LM", Hidden, "32-bit guests only"),
+    row(0x8000_0021, Ecx, 1, "TSA_SQ_NO", Host, "without it Linux runs a verw at every return to ring 3"),
+    row(0x8000_0021, Ecx, 2, "TSA_L1_NO", Host, "as TSA_SQ_NO"),
     row(0x8000_0007, Edx, 8, "InvariantTSC", Host, "rdtsc is the host's"),
 ];

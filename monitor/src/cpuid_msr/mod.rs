@@ -35,7 +35,7 @@ const OWN_NAME: u32 = 0x4000_0100;
 const INVARIANT_TSC: u32 = 1 << 8;
 /// The first and the last extended leaf shown.
 const EXTENDED: u32 = 0x8000_0000;
-const LAST_EXTENDED: u32 = 0x8000_0008;
+const LAST_EXTENDED: u32 = 0x8000_0021;
 /// Feature bits AMD repeats from leaf 1 in leaf 8000_0001h EDX (AMD APM Vol. 3, appendix D).
 const AMD_MIRRORED: u32 = 0x0183_f3ff;
 
@@ -117,6 +117,8 @@ impl CpuPolicy {
                     0x8000_0001..=0x8000_0007 => value,
                     // Linear 32 bits, physical PHYS_BITS; no speculation controls, one core.
                     0x8000_0008 => [32 << 8 | PHYS_BITS, 0, 0, 0],
+                    // What the CPU is not vulnerable to, through the feature table.
+                    0x8000_0021 => [0, 0, value[2], 0],
                     _ => [0; 4],
                 },
             );

@@ -103,7 +103,8 @@ fn the_signature_vendor_and_limits_are_right() {
     assert_eq!(policy.cpuid(&cpu(), 1, 0)[0], 0x000a_0f11);
     let [max, b, c, d] = policy.cpuid(&cpu(), 0, 0);
     assert_eq!((max, [b, c, d]), (7, vendor_words(b"AuthenticAMD")));
-    assert_eq!(policy.cpuid(&cpu(), 0x8000_0000, 0)[0], 0x8000_0008);
+    assert_eq!(policy.cpuid(&cpu(), 0x8000_0000, 0)[0], 0x8000_0021);
+    assert_eq!(policy.cpuid(&cpu(), 0x8000_0021, 0), [0, 0, 6, 0]);
     assert_eq!(policy.cpuid(&cpu(), 0x8000_0008, 0), [0x2024, 0, 0, 0]);
     for (leaf, last, want) in
         [(0x4000_0000, 0x4000_0001, b"KVMKVMKVM\0\0\0"), (0x4000_0100, 0x4000_0100, b"subring\0\0\0\0\0")]
