@@ -8,7 +8,7 @@ use crate::map::{EipMap, Fix};
 use crate::patch::{
     CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline, split_reason,
 };
-use crate::window::{Window, grown_window, starts, window};
+use crate::window::{Window, grown_window, starts, window, window_to_target};
 use crate::{displace, inline};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
@@ -145,7 +145,8 @@ impl Patm {
         let mut why = None;
         let starts = starts(info, site.0);
         for &start in &starts {
-            match self.try_jump(info, start, site.0) {
+            let placed = grown_window(info, start, site.0, 5).and_then(|w| self.try_jump(info, w, site.0));
+            match placed {
                 Ok(placed) => return Ok(self.enter(placed, None)),
                 Err(refusal) => why = why.or(Some(refusal)),
             }
@@ -155,33 +156,49 @@ impl Patm {
                 return Ok(self.enter(placed, None));
             }
         }
+        // The site is a branch's target: who only falls through to it is spared the trap.
+        for &start in starts.iter().skip(1) {
+            let placed =
+                window(info, start, site.0, 5, &[site.0]).and_then(|w| self.try_jump(info, w, site.0));
+            if let Ok(placed) = placed {
+                return Ok(self.enter(placed, None));
+            }
+        }
         if !info.writable_window(site, 1) {
             return Err(Refusal::NotWritable);
         }
         Ok(self.enter_trap_byte(&insn, kind, why.unwrap_or(Refusal::NoPlace)))
     }
 
-    /// For a site that got a trap byte: the bytes of the live patches which alone stand in the way of a jump that would
-    /// do them all. Undo everything there and patch the sites again, lowest first.
+    /// For a site that was just patched: the bytes of the live patches, one of them a trap byte, which alone stand in the
+    /// way of a jump that would do them all. Undo everything there and patch the sites again, lowest first.
     #[must_use]
     pub fn mergeable(&self, site: GuestLin, info: &dyn CodeInfo) -> Option<(GuestLin, GuestLin)> {
-        if self.patch_at(site.0)?.tactic != Tactic::TrapByte {
-            return None;
+        let patch = self.patch_at(site.0)?;
+        if patch.tactic != Tactic::TrapByte {
+            // It would have grown over a trap byte behind it, had that not been there first.
+            let window = grown_window(info, patch.start.0, site.0, 5).ok()?;
+            let hi = patch.start.0.wrapping_add(window.len());
+            let behind = self.in_the_way(patch.start.0, hi, patch.start)?;
+            let traps = |p: &&Patch| p.tactic == Tactic::TrapByte;
+            return behind.iter().all(traps).then_some((patch.start, GuestLin(hi)));
         }
         starts(info, site.0).into_iter().find_map(|start| {
             let first = self.patch_at(start).filter(|p| p.start != site);
             let lo = first.map_or(start, |p| p.start.0);
-            let len = grown_window(info, lo, site.0, 5).ok()?.len();
+            let window = grown_window(info, lo, site.0, 5);
+            let len = window.or_else(|_| window_to_target(info, lo, site.0)).ok()?.len();
             let hi = lo.wrapping_add(len);
-            let in_the_way: Vec<&Patch> = self
-                .by_start
-                .range(lo..hi)
-                .filter_map(|(_, id)| self.patches.get(id))
-                .filter(|p| p.start != site)
-                .collect();
-            let whole = |p: &&Patch| p.extent() <= hi && p.writes.len() == 1;
-            (!in_the_way.is_empty() && in_the_way.iter().all(whole)).then_some((GuestLin(lo), GuestLin(hi)))
+            self.in_the_way(lo, hi, site).map(|_| (GuestLin(lo), GuestLin(hi)))
         })
+    }
+
+    /// The patches that start in `lo..hi`, except the one at `but`, if there are any and all are whole in there.
+    fn in_the_way(&self, lo: u32, hi: u32, but: GuestLin) -> Option<Vec<&Patch>> {
+        let within = self.by_start.range(lo..hi).filter_map(|(_, id)| self.patches.get(id));
+        let found: Vec<&Patch> = within.filter(|p| p.start != but).collect();
+        let whole = |p: &&Patch| p.extent() <= hi && p.writes.len() == 1;
+        (!found.is_empty() && found.iter().all(whole)).then_some(found)
     }
 
     fn is_free(&self, lo: u32, len: u32) -> bool {
@@ -240,10 +257,10 @@ impl Patm {
         }
     }
 
-    fn try_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
-        let mut window = grown_window(info, start, site, 5)?;
+    fn try_jump(&mut self, info: &dyn CodeInfo, mut window: Window, site: u32) -> Result<Placed, Refusal> {
+        let start = window.start();
         if !self.is_free(start, window.len()) {
-            window = self::window(info, start, site, 5)?;
+            window = self::window(info, start, site, 5, &[])?;
         }
         if !self.is_free(start, window.len()) {
             return Err(Refusal::Overlap);
@@ -269,7 +286,7 @@ impl Patm {
     }
 
     fn try_short_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
-        let window = window(info, start, site, 2)?;
+        let window = window(info, start, site, 2, &[])?;
         if !self.is_free(start, window.len()) {
             return Err(Refusal::Overlap);
         }
