@@ -76,6 +76,8 @@ pub struct Patm {
     by_slot: BTreeMap<u32, PatchId>,
     by_trampoline: BTreeMap<u32, PatchId>,
     by_site: BTreeMap<u32, PatchId>,
+    /// By the EIP of a site that is done in a window which jumps to it.
+    by_tail: BTreeSet<(u32, PatchId)>,
     next_patch: u32,
     next_site: u32,
     stats: Stats,
@@ -103,6 +105,7 @@ impl Patm {
             by_slot: BTreeMap::new(),
             by_trampoline: BTreeMap::new(),
             by_site: BTreeMap::new(),
+            by_tail: BTreeSet::new(),
             next_patch: 0,
             next_site: 1,
             stats: Stats::default(),
@@ -217,20 +220,31 @@ impl Patm {
         let mut e = Emitter::new(self.config.vcpu_base, None);
         let mut sites = Vec::new();
         let mut goes_on = true;
+        let mut site = |e: &mut Emitter, insn: &Insn, kind: SensitiveKind| {
+            let id = self.next_site + sites.len() as u32;
+            let cx = inline::Context { site_id: id, count: self.config.count_inline };
+            let (route, goes_on) = inline::emit(e, insn, kind, &cx);
+            sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
+            goes_on
+        };
+        let mut end = window.start().wrapping_add(window.len());
         for insn in &window.insns {
             e.begin(insn.at);
-            goes_on = if let Class::Sensitive(kind) = insn.class() {
-                let id = self.next_site + sites.len() as u32;
-                let cx = inline::Context { site_id: id, count: self.config.count_inline };
-                let (route, goes_on) = inline::emit(&mut e, insn, kind, &cx);
-                sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
-                goes_on
-            } else {
-                displace::emit(&mut e, insn)
+            goes_on = match (insn.class(), &window.tail) {
+                (Class::Sensitive(kind), _) => site(&mut e, insn, kind),
+                (_, Some(tail)) if insn.next() == end => {
+                    e.op(&[0x90]); // nop: the jump, which keeps its own place in the map
+                    e.state = e.at(tail.at);
+                    end = tail.next();
+                    match tail.class() {
+                        Class::Sensitive(kind) => site(&mut e, tail, kind),
+                        _ => true,
+                    }
+                }
+                _ => displace::emit(&mut e, insn),
             };
         }
         if goes_on {
-            let end = window.start().wrapping_add(window.len());
             e.state = e.at(end);
             debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
@@ -363,6 +377,9 @@ impl Patm {
         for site in &patch.sites {
             *self.stats.sites.entry((site.kind, site.route)).or_default() += 1;
             self.by_site.insert(site.id, id);
+            if !patch.holds(site) {
+                self.by_tail.insert((site.at.0, id));
+            }
         }
         self.by_start.insert(patch.start.0, id);
         if let Some(slot) = patch.writes.get(1) {
@@ -389,6 +406,7 @@ impl Patm {
         }
         for site in &patch.sites {
             self.by_site.remove(&site.id);
+            self.by_tail.remove(&(site.at.0, id));
             decrement(&mut self.stats.sites, (site.kind, site.route));
         }
         decrement(&mut self.stats.tactics, patch.tactic);
@@ -408,7 +426,13 @@ impl Patm {
         let windows = self.by_start.range(from..hi.0).map(|(_, &id)| id);
         let windows = windows.filter(|id| self.patches.get(id).is_some_and(|p| p.extent() > lo.0));
         let slots = self.by_slot.range(from..hi.0).filter(|(slot, _)| slot.saturating_add(5) > lo.0);
-        let ids: BTreeSet<PatchId> = windows.chain(slots.map(|(_, &id)| id)).collect();
+        let tails = self.by_tail.range((from, PatchId(0))..(hi.0, PatchId(0)));
+        let tails = tails.filter(|(at, id)| {
+            let sites = self.patches.get(id).map_or(&[][..], |p| &p.sites);
+            sites.iter().any(|s| s.at.0 == *at && s.next() > lo)
+        });
+        let ids: BTreeSet<PatchId> =
+            windows.chain(slots.map(|(_, &id)| id)).chain(tails.map(|&(_, id)| id)).collect();
         ids.into_iter().filter_map(|id| self.undo(id)).collect()
     }
 

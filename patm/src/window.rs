@@ -6,6 +6,7 @@ use crate::insn::Insn;
 use crate::patch::Refusal;
 use alloc::vec::Vec;
 use csam::{Class, GuestLin};
+use iced_x86::Code;
 
 /// How many instructions before a site a window may start.
 const MAX_BACK: usize = 6;
@@ -21,6 +22,9 @@ pub(crate) struct Window {
     pub(crate) filler: u32,
     /// A branch inside goes to an instruction inside other than the first.
     pub(crate) inner_target: bool,
+    /// The site to which the `jmp` goes that is the last instruction: it has no room for a jump of its own, so it is done
+    /// here, too.
+    pub(crate) tail: Option<Insn>,
 }
 
 /// Sites inside a window that branches from outside may go to nevertheless: those that would be trapping bytes
@@ -78,7 +82,32 @@ pub(crate) fn grown_window(
             Err(_) => break,
         }
     }
+    if let Some((jump, site)) = jump_to_crowded_site(info, &window)
+        && let Ok(longer) = self::window(info, start, jump.at, min_len, &tolerated)
+    {
+        window = Window { tail: Some(site), ..longer };
+    }
     Ok(window)
+}
+
+/// The `jmp` that ends `window` or follows it shortly, with the site it goes to, if that can have no window at all from
+/// where the jump goes: the `iret` that Linux's return to ring 0 shares with that to ring 3.
+fn jump_to_crowded_site(info: &dyn CodeInfo, window: &Window) -> Option<(Insn, Insn)> {
+    let mut last = *window.insns.last()?;
+    let end = last.next();
+    if window.filler > 0 {
+        return None;
+    }
+    while last.falls_through() && last.next() - end <= MAX_GAP && !info.is_target(GuestLin(last.next())) {
+        last = Insn::decode(info, last.next())?;
+    }
+    if !matches!(last.instr.code(), Code::Jmp_rel8_32 | Code::Jmp_rel32_32) {
+        return None;
+    }
+    let site = Insn::decode(info, last.instr.near_branch32())?;
+    let elsewhere = site.at < window.start() || site.at >= last.next();
+    let crowded = matches!(site.class(), Class::Sensitive(_)) && is_crowded(info, &site, 0);
+    (elsewhere && crowded).then_some((last, site))
 }
 
 /// The window of a jump from `start` up to the site at `site`, which branches from outside go to.
@@ -163,5 +192,5 @@ pub(crate) fn window(
             return Err(Refusal::BranchTarget); // overlapping code
         }
     }
-    Ok(Window { insns, filler, inner_target })
+    Ok(Window { insns, filler, inner_target, tail: None })
 }

@@ -253,3 +253,27 @@ fn a_site_found_late_behind_a_live_window_is_merged_though_a_branch_goes_to_it()
     assert_eq!(scanned.patch_one(&mut patm, BASE + 2).unwrap().sites.len(), 2);
     assert_eq!(patm.mergeable(csam::GuestLin(BASE + 2), &scanned_view(&scanned)), None);
 }
+
+#[test]
+fn a_jump_to_a_site_without_room_does_it_in_its_own_window() {
+    // verw [disp32]; 1: iret; 2: pop fs; add esp, 4; jmp 1b: Linux's return to ring 0.
+    let code = [0x0f, 0x00, 0x2d, 0, 0x10, 0, 0xc1, 0xcf, 0x0f, 0xa1, 0x83, 0xc4, 0x04, 0xeb, 0xf8];
+    let mut scanned = Scanned::new(&code);
+    scanned.scan_from(BASE + 8);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    let patch = patm.patch_at(BASE + 8).unwrap().clone();
+    assert_eq!((patch.start.0, patch.len), (BASE + 8, 7));
+    let sites: Vec<_> = patch.sites.iter().map(|s| (s.at.0, s.route)).collect();
+    assert_eq!(sites, [(BASE + 8, Route::InLine), (BASE + 7, Route::InLine)]);
+    // It has a number of its own, and its boundaries are at the iret.
+    let word = patm::reason_word(patch.sites[1].id, patm::ReasonKind::Emulate);
+    let (owner, site, _) = patm.by_reason(word).unwrap();
+    assert_eq!((owner.id, site.at.0), (patch.id, BASE + 7));
+    assert!(patch.map.points.iter().any(|p| p.fix.resume == BASE + 7));
+    assert_eq!(patm.patch_at(BASE + 7).unwrap().start.0, BASE);
+    // Who writes the iret changes both.
+    let undone = patm.undo_overlapping(csam::GuestLin(BASE + 7), csam::GuestLin(BASE + 8));
+    assert_eq!(undone.len(), 2);
+    assert_eq!(patm.patches().count(), 0);
+}
