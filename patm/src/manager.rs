@@ -8,7 +8,7 @@ use crate::map::{EipMap, Fix};
 use crate::patch::{
     CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline, split_reason,
 };
-use crate::window::{Window, grown_window, starts, window};
+use crate::window::{Window, grown_window, starts, window, window_to_target};
 use crate::{displace, inline};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
@@ -76,6 +76,8 @@ pub struct Patm {
     by_slot: BTreeMap<u32, PatchId>,
     by_trampoline: BTreeMap<u32, PatchId>,
     by_site: BTreeMap<u32, PatchId>,
+    /// By the EIP of a site that is done in a window which jumps to it.
+    by_tail: BTreeSet<(u32, PatchId)>,
     next_patch: u32,
     next_site: u32,
     stats: Stats,
@@ -103,6 +105,7 @@ impl Patm {
             by_slot: BTreeMap::new(),
             by_trampoline: BTreeMap::new(),
             by_site: BTreeMap::new(),
+            by_tail: BTreeSet::new(),
             next_patch: 0,
             next_site: 1,
             stats: Stats::default(),
@@ -145,7 +148,8 @@ impl Patm {
         let mut why = None;
         let starts = starts(info, site.0);
         for &start in &starts {
-            match self.try_jump(info, start, site.0) {
+            let placed = grown_window(info, start, site.0, 5).and_then(|w| self.try_jump(info, w, site.0));
+            match placed {
                 Ok(placed) => return Ok(self.enter(placed, None)),
                 Err(refusal) => why = why.or(Some(refusal)),
             }
@@ -155,33 +159,49 @@ impl Patm {
                 return Ok(self.enter(placed, None));
             }
         }
+        // The site is a branch's target: who only falls through to it is spared the trap.
+        for &start in starts.iter().skip(1) {
+            let placed =
+                window(info, start, site.0, 5, &[site.0]).and_then(|w| self.try_jump(info, w, site.0));
+            if let Ok(placed) = placed {
+                return Ok(self.enter(placed, None));
+            }
+        }
         if !info.writable_window(site, 1) {
             return Err(Refusal::NotWritable);
         }
         Ok(self.enter_trap_byte(&insn, kind, why.unwrap_or(Refusal::NoPlace)))
     }
 
-    /// For a site that got a trap byte: the bytes of the live patches which alone stand in the way of a jump that would
-    /// do them all. Undo everything there and patch the sites again, lowest first.
+    /// For a site that was just patched: the bytes of the live patches, one of them a trap byte, which alone stand in the
+    /// way of a jump that would do them all. Undo everything there and patch the sites again, lowest first.
     #[must_use]
     pub fn mergeable(&self, site: GuestLin, info: &dyn CodeInfo) -> Option<(GuestLin, GuestLin)> {
-        if self.patch_at(site.0)?.tactic != Tactic::TrapByte {
-            return None;
+        let patch = self.patch_at(site.0)?;
+        if patch.tactic != Tactic::TrapByte {
+            // It would have grown over a trap byte behind it, had that not been there first.
+            let window = grown_window(info, patch.start.0, site.0, 5).ok()?;
+            let hi = patch.start.0.wrapping_add(window.len());
+            let behind = self.in_the_way(patch.start.0, hi, patch.start)?;
+            let traps = |p: &&Patch| p.tactic == Tactic::TrapByte;
+            return behind.iter().all(traps).then_some((patch.start, GuestLin(hi)));
         }
         starts(info, site.0).into_iter().find_map(|start| {
             let first = self.patch_at(start).filter(|p| p.start != site);
             let lo = first.map_or(start, |p| p.start.0);
-            let len = grown_window(info, lo, site.0, 5).ok()?.len();
+            let window = grown_window(info, lo, site.0, 5);
+            let len = window.or_else(|_| window_to_target(info, lo, site.0)).ok()?.len();
             let hi = lo.wrapping_add(len);
-            let in_the_way: Vec<&Patch> = self
-                .by_start
-                .range(lo..hi)
-                .filter_map(|(_, id)| self.patches.get(id))
-                .filter(|p| p.start != site)
-                .collect();
-            let whole = |p: &&Patch| p.extent() <= hi && p.writes.len() == 1;
-            (!in_the_way.is_empty() && in_the_way.iter().all(whole)).then_some((GuestLin(lo), GuestLin(hi)))
+            self.in_the_way(lo, hi, site).map(|_| (GuestLin(lo), GuestLin(hi)))
         })
+    }
+
+    /// The patches that start in `lo..hi`, except the one at `but`, if there are any and all are whole in there.
+    fn in_the_way(&self, lo: u32, hi: u32, but: GuestLin) -> Option<Vec<&Patch>> {
+        let within = self.by_start.range(lo..hi).filter_map(|(_, id)| self.patches.get(id));
+        let found: Vec<&Patch> = within.filter(|p| p.start != but).collect();
+        let whole = |p: &&Patch| p.extent() <= hi && p.writes.len() == 1;
+        (!found.is_empty() && found.iter().all(whole)).then_some(found)
     }
 
     fn is_free(&self, lo: u32, len: u32) -> bool {
@@ -200,20 +220,31 @@ impl Patm {
         let mut e = Emitter::new(self.config.vcpu_base, None);
         let mut sites = Vec::new();
         let mut goes_on = true;
+        let mut site = |e: &mut Emitter, insn: &Insn, kind: SensitiveKind| {
+            let id = self.next_site + sites.len() as u32;
+            let cx = inline::Context { site_id: id, count: self.config.count_inline };
+            let (route, goes_on) = inline::emit(e, insn, kind, &cx);
+            sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
+            goes_on
+        };
+        let mut end = window.start().wrapping_add(window.len());
         for insn in &window.insns {
             e.begin(insn.at);
-            goes_on = if let Class::Sensitive(kind) = insn.class() {
-                let id = self.next_site + sites.len() as u32;
-                let cx = inline::Context { site_id: id, count: self.config.count_inline };
-                let (route, goes_on) = inline::emit(&mut e, insn, kind, &cx);
-                sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
-                goes_on
-            } else {
-                displace::emit(&mut e, insn)
+            goes_on = match (insn.class(), &window.tail) {
+                (Class::Sensitive(kind), _) => site(&mut e, insn, kind),
+                (_, Some(tail)) if insn.next() == end => {
+                    e.op(&[0x90]); // nop: the jump, which keeps its own place in the map
+                    e.state = e.at(tail.at);
+                    end = tail.next();
+                    match tail.class() {
+                        Class::Sensitive(kind) => site(&mut e, tail, kind),
+                        _ => true,
+                    }
+                }
+                _ => displace::emit(&mut e, insn),
             };
         }
         if goes_on {
-            let end = window.start().wrapping_add(window.len());
             e.state = e.at(end);
             debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
@@ -240,10 +271,10 @@ impl Patm {
         }
     }
 
-    fn try_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
-        let mut window = grown_window(info, start, site, 5)?;
+    fn try_jump(&mut self, info: &dyn CodeInfo, mut window: Window, site: u32) -> Result<Placed, Refusal> {
+        let start = window.start();
         if !self.is_free(start, window.len()) {
-            window = self::window(info, start, site, 5)?;
+            window = self::window(info, start, site, 5, &[])?;
         }
         if !self.is_free(start, window.len()) {
             return Err(Refusal::Overlap);
@@ -269,7 +300,7 @@ impl Patm {
     }
 
     fn try_short_jump(&mut self, info: &dyn CodeInfo, start: u32, site: u32) -> Result<Placed, Refusal> {
-        let window = window(info, start, site, 2)?;
+        let window = window(info, start, site, 2, &[])?;
         if !self.is_free(start, window.len()) {
             return Err(Refusal::Overlap);
         }
@@ -346,6 +377,9 @@ impl Patm {
         for site in &patch.sites {
             *self.stats.sites.entry((site.kind, site.route)).or_default() += 1;
             self.by_site.insert(site.id, id);
+            if !patch.holds(site) {
+                self.by_tail.insert((site.at.0, id));
+            }
         }
         self.by_start.insert(patch.start.0, id);
         if let Some(slot) = patch.writes.get(1) {
@@ -372,6 +406,7 @@ impl Patm {
         }
         for site in &patch.sites {
             self.by_site.remove(&site.id);
+            self.by_tail.remove(&(site.at.0, id));
             decrement(&mut self.stats.sites, (site.kind, site.route));
         }
         decrement(&mut self.stats.tactics, patch.tactic);
@@ -391,7 +426,13 @@ impl Patm {
         let windows = self.by_start.range(from..hi.0).map(|(_, &id)| id);
         let windows = windows.filter(|id| self.patches.get(id).is_some_and(|p| p.extent() > lo.0));
         let slots = self.by_slot.range(from..hi.0).filter(|(slot, _)| slot.saturating_add(5) > lo.0);
-        let ids: BTreeSet<PatchId> = windows.chain(slots.map(|(_, &id)| id)).collect();
+        let tails = self.by_tail.range((from, PatchId(0))..(hi.0, PatchId(0)));
+        let tails = tails.filter(|(at, id)| {
+            let sites = self.patches.get(id).map_or(&[][..], |p| &p.sites);
+            sites.iter().any(|s| s.at.0 == *at && s.next() > lo)
+        });
+        let ids: BTreeSet<PatchId> =
+            windows.chain(slots.map(|(_, &id)| id)).chain(tails.map(|&(_, id)| id)).collect();
         ids.into_iter().filter_map(|id| self.undo(id)).collect()
     }
 

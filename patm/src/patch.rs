@@ -169,7 +169,8 @@ pub struct Patch {
     pub writes: Vec<CodeWrite>,
     /// How it gets control.
     pub tactic: Tactic,
-    /// The sensitive instructions in the window, ascending.
+    /// The sensitive instructions in the window, ascending. Behind them, if the window ends with a `jmp` to a sensitive
+    /// instruction elsewhere that has no room for a jump, that one.
     pub sites: Vec<SiteRef>,
     /// None for a trap byte.
     pub trampoline: Option<Trampoline>,
@@ -195,7 +196,12 @@ impl Patch {
     /// The EIP behind everything it depends on (a trap byte depends on its whole instruction).
     pub(crate) fn extent(&self) -> u32 {
         let end = self.end().0;
-        self.sites.iter().map(|s| s.next().0).max().map_or(end, |e| e.max(end))
+        self.sites.iter().filter(|s| self.holds(s)).map(|s| s.next().0).max().map_or(end, |e| e.max(end))
+    }
+
+    /// Is the site one of the window's own, and not the one its last instruction jumps to?
+    pub(crate) fn holds(&self, site: &SiteRef) -> bool {
+        site.at >= self.start && site.at < self.end()
     }
 }
 

@@ -134,7 +134,7 @@ impl UserPatcher {
             return Err(Refusal::NoRoom);
         }
         // With room for a jump up to the end of the site, the shortest window ends there.
-        let window = window(info, start, site.at, 5)?;
+        let window = window(info, start, site.at, 5, &[])?;
         let (in_front, end) = match window.insns.split_last() {
             Some((last, in_front)) if last.at == site.at => (in_front, site.next()),
             _ => return Err(Refusal::NotDisplaceable),

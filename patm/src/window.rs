@@ -6,6 +6,7 @@ use crate::insn::Insn;
 use crate::patch::Refusal;
 use alloc::vec::Vec;
 use csam::{Class, GuestLin};
+use iced_x86::Code;
 
 /// How many instructions before a site a window may start.
 const MAX_BACK: usize = 6;
@@ -21,7 +22,14 @@ pub(crate) struct Window {
     pub(crate) filler: u32,
     /// A branch inside goes to an instruction inside other than the first.
     pub(crate) inner_target: bool,
+    /// The site to which the `jmp` goes that is the last instruction: it has no room for a jump of its own, so it is done
+    /// here, too.
+    pub(crate) tail: Option<Insn>,
 }
+
+/// Sites inside a window that branches from outside may go to nevertheless: those that would be trapping bytes
+/// otherwise. Such a branch still meets a trapping byte; who falls through to the site no longer does.
+pub(crate) type Tolerated<'a> = &'a [u32];
 
 impl Window {
     pub(crate) fn start(&self) -> u32 {
@@ -65,14 +73,46 @@ pub(crate) fn grown_window(
     site: u32,
     min_len: u32,
 ) -> Result<Window, Refusal> {
-    let mut window = window(info, start, site, min_len)?;
+    let mut window = window(info, start, site, min_len, &[])?;
+    let mut tolerated = Vec::new();
     while let Some(next) = crowded_site(info, &window) {
-        match self::window(info, start, next, min_len) {
+        tolerated.push(next);
+        match self::window(info, start, next, min_len, &tolerated) {
             Ok(longer) => window = longer,
             Err(_) => break,
         }
     }
+    if let Some((jump, site)) = jump_to_crowded_site(info, &window)
+        && let Ok(longer) = self::window(info, start, jump.at, min_len, &tolerated)
+    {
+        window = Window { tail: Some(site), ..longer };
+    }
     Ok(window)
+}
+
+/// The `jmp` that ends `window` or follows it shortly, with the site it goes to, if that can have no window at all from
+/// where the jump goes: the `iret` that Linux's return to ring 0 shares with that to ring 3.
+fn jump_to_crowded_site(info: &dyn CodeInfo, window: &Window) -> Option<(Insn, Insn)> {
+    let mut last = *window.insns.last()?;
+    let end = last.next();
+    if window.filler > 0 {
+        return None;
+    }
+    while last.falls_through() && last.next() - end <= MAX_GAP && !info.is_target(GuestLin(last.next())) {
+        last = Insn::decode(info, last.next())?;
+    }
+    if !matches!(last.instr.code(), Code::Jmp_rel8_32 | Code::Jmp_rel32_32) {
+        return None;
+    }
+    let site = Insn::decode(info, last.instr.near_branch32())?;
+    let elsewhere = site.at < window.start() || site.at >= last.next();
+    let crowded = matches!(site.class(), Class::Sensitive(_)) && is_crowded(info, &site, 0);
+    (elsewhere && crowded).then_some((last, site))
+}
+
+/// The window of a jump from `start` up to the site at `site`, which branches from outside go to.
+pub(crate) fn window_to_target(info: &dyn CodeInfo, start: u32, site: u32) -> Result<Window, Refusal> {
+    window(info, start, site, 5, &[site])
 }
 
 /// The site shortly behind `window` that can have no window which starts there or later.
@@ -82,19 +122,35 @@ fn crowded_site(info: &dyn CodeInfo, window: &Window) -> Option<u32> {
     }
     let mut last = *window.insns.last()?;
     let end = last.next();
-    while last.falls_through() && last.next() - end <= MAX_GAP && !info.is_target(GuestLin(last.next())) {
+    while last.falls_through() && last.next() - end <= MAX_GAP {
         let insn = Insn::decode(info, last.next())?;
         if matches!(insn.class(), Class::Sensitive(_)) {
-            let alone = |&s: &u32| s >= end && self::window(info, s, insn.at, 5).is_ok();
-            return (!starts(info, insn.at).iter().any(alone)).then_some(insn.at);
+            return is_crowded(info, &insn, end).then_some(insn.at);
+        }
+        if info.is_target(GuestLin(insn.at)) {
+            return None;
         }
         last = insn;
     }
     None
 }
 
+/// Can the site `insn` have no window that starts at `end` or later?
+fn is_crowded(info: &dyn CodeInfo, insn: &Insn, end: u32) -> bool {
+    let alone = |&s: &u32| s >= end && self::window(info, s, insn.at, 5, &[]).is_ok();
+    // Who branches to it is served by a short jump there, if by anything.
+    let short = || info.is_target(GuestLin(insn.at)) && self::window(info, insn.at, insn.at, 2, &[]).is_ok();
+    !starts(info, insn.at).iter().any(alone) && !short()
+}
+
 /// The shortest window from `start` with at least `min_len` bytes that holds the instruction at `site`.
-pub(crate) fn window(info: &dyn CodeInfo, start: u32, site: u32, min_len: u32) -> Result<Window, Refusal> {
+pub(crate) fn window(
+    info: &dyn CodeInfo,
+    start: u32,
+    site: u32,
+    min_len: u32,
+    tolerated: Tolerated,
+) -> Result<Window, Refusal> {
     let mut insns: Vec<Insn> = Vec::new();
     let mut at = start;
     let mut filler = 0;
@@ -126,14 +182,15 @@ pub(crate) fn window(info: &dyn CodeInfo, start: u32, site: u32, min_len: u32) -
         let here = GuestLin(eip);
         if insns.iter().any(|i| i.at == eip) {
             if info.is_target(here) {
-                if info.targeted_from_outside(here, lo, hi) {
+                if !info.targeted_from_outside(here, lo, hi) {
+                    inner_target = true;
+                } else if !tolerated.contains(&eip) {
                     return Err(Refusal::BranchTarget);
                 }
-                inner_target = true;
             }
         } else if info.is_target(here) || info.is_start(here) {
             return Err(Refusal::BranchTarget); // overlapping code
         }
     }
-    Ok(Window { insns, filler, inner_target })
+    Ok(Window { insns, filler, inner_target, tail: None })
 }

@@ -141,6 +141,8 @@ fn machine(seed: u64) -> Machine {
         flags: random() & (ARITHMETIC | DF),
         eip: BASE,
         hw_sel: [7, 15, 23, 31, 39, 47],
+        limits: std::collections::BTreeMap::new(),
+        absent: None,
         mem: std::collections::BTreeMap::new(),
     };
     for at in (page::IF_FLAG..0x1000).step_by(4) {
@@ -167,10 +169,11 @@ fn machine(seed: u64) -> Machine {
         m.set_word(entry, low ^ u32::from(stale == 1));
         m.set_word(entry + 4, high ^ u32::from(stale == 2));
         m.set_word(entry + 8, 0x1000 + 8 * n + 7);
-        m.set_word(entry + 12, u32::from(stale != 3));
+        m.set_word(entry + 12, if stale == 3 { 0 } else { 1 | random() << 16 });
     }
     let cs = 0x60;
     let stale = random() & 15;
+    m.set_word(page::USER_CS, page::IRET_NOWHERE);
     m.set_word(page::IRET_CS, if stale == 0 { page::IRET_NOWHERE } else { cs });
     m.set_word(page::IRET_DESC_AT, gdt + cs);
     m.set_word(page::IRET_DESC_LOW, m.read(gdt + cs, 4) ^ u32::from(stale == 1));

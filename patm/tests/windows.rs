@@ -68,14 +68,15 @@ fn a_window_grows_over_a_site_that_has_no_room_of_its_own() {
 }
 
 #[test]
-fn a_window_does_not_grow_over_a_branch_target() {
-    // 1: pushfd; push cs; push imm32; iretd, entered at the iretd too
-    let mut scanned = Scanned::new(&SYNC_CORE);
+fn a_window_does_not_grow_over_a_branch_target_that_is_no_site() {
+    // pushfd; push cs; push imm32; 1: nop; iretd, entered at the nop too
+    let code = [0x9c, 0x0e, 0x68, 8, 1, 0, 0xc1, 0x90, 0xcf];
+    let mut scanned = Scanned::new(&code);
     scanned.scan_from(BASE + 7);
     let mut patm = Patm::new(config());
     assert_eq!(scanned.patch_one(&mut patm, BASE).unwrap().len, 7);
-    assert_eq!(scanned.patch_one(&mut patm, BASE + 7).unwrap().tactic, Tactic::TrapByte);
-    assert_eq!(patm.mergeable(csam::GuestLin(BASE + 7), &scanned_view(&scanned)), None);
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 8).unwrap().tactic, Tactic::TrapByte);
+    assert_eq!(patm.mergeable(csam::GuestLin(BASE + 8), &scanned_view(&scanned)), None);
 }
 
 #[test]
@@ -209,4 +210,70 @@ fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
         let (_, patch) = patch(&code, 0);
         assert_eq!(patch.sites[0].route, *route, "{bytes:02x?}");
     }
+}
+
+#[test]
+fn a_branch_to_a_site_without_room_does_not_cost_those_who_fall_through_to_it() {
+    // verw [disp32]; 1: iret; 2: jmp 1b: the way out of Linux, to ring 3 by falling through.
+    let code = [0x0f, 0x00, 0x2d, 0, 0x10, 0, 0xc1, 0xcf, 0xeb, 0xfd];
+    let mut scanned = Scanned::new(&code);
+    let mut patm = Patm::new(config());
+    let info = |s: &Scanned, patm: &mut Patm, site| s.patch_one(patm, site).unwrap();
+    // Before anybody knows the branch, verw's window takes iret in; it stays when the branch is found.
+    let first = info(&scanned, &mut patm, BASE);
+    assert_eq!(first.sites.len(), 2);
+    scanned.scan_from(BASE + 8);
+    assert!(scanned.map.is_target(csam::GuestLin(BASE + 7)));
+    // The same when it is known from the start.
+    let mut patm = Patm::new(config());
+    let patch = info(&scanned, &mut patm, BASE);
+    assert_eq!((patch.sites.len(), patch.len), (2, 8));
+    assert!(patch.sites.iter().all(|s| s.route == Route::InLine));
+    assert!(patm::traps(patch.bytes()[7]), "the branch meets a trap");
+    assert_ne!(patm.resume_eip(BASE + 7), BASE + 7, "and is forwarded");
+}
+
+#[test]
+fn a_site_found_late_behind_a_live_window_is_merged_though_a_branch_goes_to_it() {
+    // jmp 2f; verw [disp32]; 1: iret; 2: jmp 1b, of which the iret is known first.
+    let code = [0xeb, 8, 0x0f, 0x00, 0x2d, 0, 0x10, 0, 0xc1, 0xcf, 0xeb, 0xfd];
+    let mut scanned = Scanned::new(&code);
+    let mut patm = Patm::new(config());
+    let iret = scanned.patch_one(&mut patm, BASE + 9).unwrap();
+    assert_eq!(iret.tactic, Tactic::TrapByte);
+    scanned.scan_from(BASE + 2);
+    let verw = scanned.patch_one(&mut patm, BASE + 2).unwrap();
+    assert_eq!(verw.sites.len(), 1, "the trap byte is in the way");
+    // Whichever of the two was made last, it says so.
+    for site in [BASE + 2, BASE + 9] {
+        let merged = patm.mergeable(csam::GuestLin(site), &scanned_view(&scanned)).expect("they can be one");
+        assert_eq!((merged.0.0, merged.1.0), (BASE + 2, BASE + 10));
+    }
+    patm.undo_overlapping(csam::GuestLin(BASE + 2), csam::GuestLin(BASE + 10));
+    assert_eq!(scanned.patch_one(&mut patm, BASE + 2).unwrap().sites.len(), 2);
+    assert_eq!(patm.mergeable(csam::GuestLin(BASE + 2), &scanned_view(&scanned)), None);
+}
+
+#[test]
+fn a_jump_to_a_site_without_room_does_it_in_its_own_window() {
+    // verw [disp32]; 1: iret; 2: pop fs; add esp, 4; jmp 1b: Linux's return to ring 0.
+    let code = [0x0f, 0x00, 0x2d, 0, 0x10, 0, 0xc1, 0xcf, 0x0f, 0xa1, 0x83, 0xc4, 0x04, 0xeb, 0xf8];
+    let mut scanned = Scanned::new(&code);
+    scanned.scan_from(BASE + 8);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    let patch = patm.patch_at(BASE + 8).unwrap().clone();
+    assert_eq!((patch.start.0, patch.len), (BASE + 8, 7));
+    let sites: Vec<_> = patch.sites.iter().map(|s| (s.at.0, s.route)).collect();
+    assert_eq!(sites, [(BASE + 8, Route::InLine), (BASE + 7, Route::InLine)]);
+    // It has a number of its own, and its boundaries are at the iret.
+    let word = patm::reason_word(patch.sites[1].id, patm::ReasonKind::Emulate);
+    let (owner, site, _) = patm.by_reason(word).unwrap();
+    assert_eq!((owner.id, site.at.0), (patch.id, BASE + 7));
+    assert!(patch.map.points.iter().any(|p| p.fix.resume == BASE + 7));
+    assert_eq!(patm.patch_at(BASE + 7).unwrap().start.0, BASE);
+    // Who writes the iret changes both.
+    let undone = patm.undo_overlapping(csam::GuestLin(BASE + 7), csam::GuestLin(BASE + 8));
+    assert_eq!(undone.len(), 2);
+    assert_eq!(patm.patches().count(), 0);
 }

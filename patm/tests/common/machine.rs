@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 pub const ARITHMETIC: u32 = 0x8d5;
 pub const DF: u32 = 0x400;
 pub const IF: u32 = 0x200;
+/// NT, AC, ID: flags that ring 3 may have in the hardware.
+const USER_ONLY: u32 = 0x24_4000;
 const HELD_BACK: u32 = 0x24_7100;
 /// What the monitor of these tests loads for a selector the segment cache does not serve.
 pub const UNCACHED: u16 = 0xdea7;
@@ -38,6 +40,10 @@ pub struct Machine {
     pub flags: u32,
     pub eip: u32,
     pub hw_sel: [u16; 6],
+    /// Hardware selectors whose segments end here.
+    pub limits: BTreeMap<u16, u32>,
+    /// A page, as its first address, that is not there.
+    pub absent: Option<u32>,
     pub mem: BTreeMap<u32, u8>,
 }
 
@@ -188,12 +194,26 @@ impl Machine {
         self.set_word(page::SELECTORS + 4 * seg as u32, u32::from(selector));
     }
 
+    /// Does an explicit memory operand lie behind a limit or in a page that is not there?
+    fn faults(&self, i: &Instruction) -> bool {
+        let has_memory = (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory);
+        if !has_memory || i.mnemonic() == Mnemonic::Lea {
+            return false;
+        }
+        let at = self.address(i);
+        let limit = self.limits.get(&self.hw_sel[seg_index(i.memory_segment())]);
+        limit.is_some_and(|&limit| at >= limit) || self.absent == Some(at & !0xfff)
+    }
+
     /// Runs one instruction of `code` (what instruction fetch sees at EIP).
     pub fn step(&mut self, code: &[u8], mode: Mode) -> Event {
         let i = Decoder::with_ip(32, code, u64::from(self.eip), DecoderOptions::NONE).decode();
         let next = self.eip.wrapping_add(i.len() as u32);
         let bare = mode == Mode::Bare;
         let mut eip = next;
+        if self.faults(&i) {
+            return Event::Fault;
+        }
         match i.mnemonic() {
             Mnemonic::Cli | Mnemonic::Sti if bare => {
                 self.set_word(page::IF_FLAG, if i.mnemonic() == Mnemonic::Sti { IF } else { 0 });
@@ -206,7 +226,8 @@ impl Machine {
             Mnemonic::Pushfd | Mnemonic::Pushf => {
                 let size = if i.code() == Code::Pushfd { 4 } else { 2 };
                 let virt = self.word(page::IF_FLAG) | self.word(page::HIDDEN_FLAGS);
-                let image = self.flags & (ARITHMETIC | DF) | 2 | if bare { virt } else { IF };
+                let native = ARITHMETIC | DF | if bare { 0 } else { USER_ONLY };
+                let image = self.flags & native | 2 | if bare { virt } else { IF };
                 self.push(size, image);
             }
             Mnemonic::Popfd | Mnemonic::Popf => {
@@ -268,8 +289,9 @@ impl Machine {
                 self.set(&i, 0, v);
             }
             Mnemonic::Mov if i.op_register(1).is_segment_register() => {
-                assert!(bare, "mov from sreg would show the hardware selector");
-                let v = self.word(page::SELECTORS + 4 * seg_index(i.op1_register()) as u32);
+                let n = seg_index(i.op1_register());
+                let v =
+                    if bare { self.word(page::SELECTORS + 4 * n as u32) } else { u32::from(self.hw_sel[n]) };
                 match i.op0_kind() {
                     OpKind::Register => self.set_reg(i.op0_register(), v),
                     _ => self.write(self.address(&i), 2, v),
@@ -359,9 +381,19 @@ impl Machine {
                 eip = target;
             }
             Mnemonic::Ret => eip = self.pop(4),
+            Mnemonic::Lss => {
+                assert!(!bare);
+                let at = self.address(&i);
+                self.set_reg(i.op0_register(), self.read(at, 4));
+                self.hw_sel[2] = self.read(at + 4, 2) as u16;
+            }
             Mnemonic::Jmp if i.is_jmp_far_indirect() => {
-                assert_eq!(self.address(&i), VCPU + page::GATE);
-                return Event::Gate;
+                let at = self.address(&i);
+                if at == VCPU + page::GATE {
+                    return Event::Gate;
+                }
+                eip = self.read(at, 4);
+                self.hw_sel[1] = self.read(at + 4, 2) as u16;
             }
             Mnemonic::Jmp => {
                 eip = match i.op0_kind() {
