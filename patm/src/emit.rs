@@ -85,7 +85,9 @@ impl Emitter {
     /// The guest instruction at `eip` starts here.
     pub(crate) fn begin(&mut self, eip: u32) {
         self.state = self.at(eip);
-        self.map.starts.push((eip, self.here()));
+        let here = self.here();
+        let n = self.map.starts.partition_point(|s| s.0 < eip);
+        self.map.starts.insert(n, (eip, here));
     }
 
     /// From here on the current instruction has taken effect.

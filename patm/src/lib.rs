@@ -58,6 +58,11 @@ pub trait CodeInfo {
         let _ = (lo, hi);
         self.is_target(at)
     }
+    /// The direct branches known to go to `at`; not necessarily all.
+    fn sources(&self, at: GuestLin) -> alloc::vec::Vec<GuestLin> {
+        let _ = at;
+        alloc::vec::Vec::new()
+    }
     /// Are `len` bytes at `at` filler (`nop`, `int3`) that never executes, as behind an unconditional jump?
     fn is_padding(&self, at: GuestLin, len: u32) -> bool {
         let _ = (at, len);

@@ -1,5 +1,7 @@
 //! [`Patm`]: keeps the patches, makes and undoes them, and translates EIPs both ways.
 
+mod adapt;
+
 use crate::CodeInfo;
 use crate::alloc_region::{Allocator, Trapping, traps};
 use crate::emit::Emitter;
@@ -14,6 +16,8 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 use csam::{Class, GuestLin, SensitiveKind};
+
+pub(crate) use adapt::Thread;
 
 /// `hlt`: what bytes of a window hold that nobody may execute, and the trap byte itself.
 pub(crate) const HLT: u8 = 0xf4;
@@ -78,6 +82,8 @@ pub struct Patm {
     by_site: BTreeMap<u32, PatchId>,
     /// By the EIP of a site that is done in a window which jumps to it.
     by_tail: BTreeSet<(u32, PatchId)>,
+    /// By the EIP of a jump outside the window that is done in the trampoline.
+    by_via: BTreeSet<(u32, PatchId)>,
     next_patch: u32,
     next_site: u32,
     stats: Stats,
@@ -106,6 +112,7 @@ impl Patm {
             by_trampoline: BTreeMap::new(),
             by_site: BTreeMap::new(),
             by_tail: BTreeSet::new(),
+            by_via: BTreeSet::new(),
             next_patch: 0,
             next_site: 1,
             stats: Stats::default(),
@@ -249,6 +256,16 @@ impl Patm {
             debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
         }
+        if let Some(Thread { via, site: insn }) = &window.thread
+            && let Class::Sensitive(kind) = insn.class()
+        {
+            via.iter().for_each(|jump| e.begin(jump.at));
+            e.begin(insn.at);
+            if site(&mut e, insn, kind) {
+                e.state = e.at(insn.next());
+                e.guest_branch(&[0xe9], insn.next());
+            }
+        }
         e.flush_slow_paths();
         (e, sites)
     }
@@ -330,6 +347,7 @@ impl Patm {
 
     fn enter(&mut self, placed: Placed, why: Option<Refusal>) -> PatchId {
         let Placed { window, tactic, writes, sites, trampoline, map } = placed;
+        let via = window.thread.as_ref().map_or(&[][..], |t| &t.via);
         self.insert(Patch {
             id: PatchId(self.next_patch),
             start: GuestLin(window.start()),
@@ -343,6 +361,7 @@ impl Patm {
             writes,
             tactic,
             sites,
+            via: via.iter().map(|i| (GuestLin(i.at), i.len() as u8)).collect(),
             trampoline: Some(trampoline),
             map,
             why,
@@ -360,6 +379,7 @@ impl Patm {
             writes: vec![CodeWrite { at, bytes: vec![HLT] }],
             tactic: Tactic::TrapByte,
             sites: vec![site],
+            via: Vec::new(),
             trampoline: None,
             map: EipMap::default(),
             why: Some(why),
@@ -380,6 +400,9 @@ impl Patm {
             if !patch.holds(site) {
                 self.by_tail.insert((site.at.0, id));
             }
+        }
+        for (at, _) in &patch.via {
+            self.by_via.insert((at.0, id));
         }
         self.by_start.insert(patch.start.0, id);
         if let Some(slot) = patch.writes.get(1) {
@@ -409,6 +432,9 @@ impl Patm {
             self.by_tail.remove(&(site.at.0, id));
             decrement(&mut self.stats.sites, (site.kind, site.route));
         }
+        for (at, _) in &patch.via {
+            self.by_via.remove(&(at.0, id));
+        }
         decrement(&mut self.stats.tactics, patch.tactic);
         if let Some(why) = patch.why {
             decrement(&mut self.stats.trap_bytes, why);
@@ -431,8 +457,13 @@ impl Patm {
             let sites = self.patches.get(id).map_or(&[][..], |p| &p.sites);
             sites.iter().any(|s| s.at.0 == *at && s.next() > lo)
         });
+        let via = self.by_via.range((from, PatchId(0))..(hi.0, PatchId(0)));
+        let via = via.filter(|(at, id)| {
+            let jumps = self.patches.get(id).map_or(&[][..], |p| &p.via);
+            jumps.iter().any(|(v, len)| v.0 == *at && v.0.saturating_add(u32::from(*len)) > lo.0)
+        });
         let ids: BTreeSet<PatchId> =
-            windows.chain(slots.map(|(_, &id)| id)).chain(tails.map(|&(_, id)| id)).collect();
+            windows.chain(slots.map(|(_, &id)| id)).chain(tails.chain(via).map(|&(_, id)| id)).collect();
         ids.into_iter().filter_map(|id| self.undo(id)).collect()
     }
 

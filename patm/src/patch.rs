@@ -34,14 +34,16 @@ pub enum Tactic {
     JccWindow,
     /// A 2-byte `jmp` to filler nearby, which holds the 5-byte one.
     ShortJump,
+    /// One of these over a branch that leads to a site with a trap byte and does that site itself.
+    Thread,
     /// One trapping byte (`hlt`).
     TrapByte,
 }
 
 impl Tactic {
     /// Every tactic, best first.
-    pub const ALL: [Self; 6] =
-        [Self::Jump5, Self::Group, Self::Pun, Self::JccWindow, Self::ShortJump, Self::TrapByte];
+    pub const ALL: [Self; 7] =
+        [Self::Jump5, Self::Group, Self::Pun, Self::JccWindow, Self::ShortJump, Self::Thread, Self::TrapByte];
 
     /// The name used in tables and JSON.
     #[must_use]
@@ -52,6 +54,7 @@ impl Tactic {
             Self::Pun => "pun",
             Self::JccWindow => "jcc window",
             Self::ShortJump => "short jump",
+            Self::Thread => "threaded branch",
             Self::TrapByte => "trap byte",
         }
     }
@@ -172,6 +175,8 @@ pub struct Patch {
     /// The sensitive instructions in the window, ascending. Behind them, if the window ends with a `jmp` to a sensitive
     /// instruction elsewhere that has no room for a jump, that one.
     pub sites: Vec<SiteRef>,
+    /// Unconditional jumps outside the window that the trampoline does as well: address and length.
+    pub via: Vec<(GuestLin, u8)>,
     /// None for a trap byte.
     pub trampoline: Option<Trampoline>,
     /// What each boundary of the trampoline stands for.

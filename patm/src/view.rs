@@ -1,11 +1,14 @@
 //! [`MapView`]: a [`CodeMap`] and a way to read original bytes, as [`CodeInfo`].
 
 use crate::CodeInfo;
+use alloc::vec::Vec;
 use csam::{CodeMap, GuestLin};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 /// How far around a label its sources are looked for, in bytes: what an 8-bit displacement reaches.
 const NEAR: u32 = 132;
+/// How far around a site that proved to be hot branches to it are looked for, in bytes.
+const FAR: u32 = 2048;
 
 /// What a scan found, for planning patches.
 ///
@@ -99,6 +102,13 @@ where
             }
         }
         !inside
+    }
+
+    fn sources(&self, at: GuestLin) -> Vec<GuestLin> {
+        let from = GuestLin(at.0.saturating_sub(FAR));
+        let to = GuestLin(at.0.saturating_add(FAR));
+        let near = self.map.instructions_in(from, to).map(|(source, _)| source);
+        near.filter(|&source| self.branches_to(source) == Some(at.0)).collect()
     }
 
     fn is_padding(&self, at: GuestLin, len: u32) -> bool {

@@ -3,6 +3,7 @@
 use crate::CodeInfo;
 use crate::displace::can_displace;
 use crate::insn::Insn;
+use crate::manager::Thread;
 use crate::patch::Refusal;
 use alloc::vec::Vec;
 use csam::{Class, GuestLin};
@@ -13,7 +14,7 @@ const MAX_BACK: usize = 6;
 /// How many bytes a window grows over to reach a site that has no room for a jump of its own.
 const MAX_GAP: u32 = 8;
 /// No window is longer, in bytes.
-const MAX_LEN: u32 = 32;
+pub(crate) const MAX_LEN: u32 = 32;
 
 /// Instructions to be done by a trampoline, back to back.
 pub(crate) struct Window {
@@ -25,6 +26,8 @@ pub(crate) struct Window {
     /// The site to which the `jmp` goes that is the last instruction: it has no room for a jump of its own, so it is done
     /// here, too.
     pub(crate) tail: Option<Insn>,
+    /// A site elsewhere to which a branch of the window leads, done here as well.
+    pub(crate) thread: Option<Thread>,
 }
 
 /// Sites inside a window that branches from outside may go to nevertheless: those that would be trapping bytes
@@ -192,5 +195,5 @@ pub(crate) fn window(
             return Err(Refusal::BranchTarget); // overlapping code
         }
     }
-    Ok(Window { insns, filler, inner_target, tail: None })
+    Ok(Window { insns, filler, inner_target, tail: None, thread: None })
 }

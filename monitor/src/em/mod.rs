@@ -615,6 +615,7 @@ impl Em {
             self.account.set_gauge("code_writes", c.code_writes);
             self.account.set_gauge("spans_rescanned", c.rescans);
             self.account.set_gauge("patches_undone", c.undone);
+            self.account.set_gauge("patches_improved", c.improved);
             let (own, joint) = (&raw.user_code, &raw.joint_code);
             self.account.set_gauge("user_pages_examined", own.looked_at + joint.looked_at);
             self.account.set_gauge("user_pages_copied", own.copied + joint.copied);

@@ -254,6 +254,10 @@ impl RawEngine {
                     }
                 }
                 record(Cause::Sensitive, Route::Signal);
+                if !in_trampoline {
+                    self.kernel_code.note_trap(&self.code, GuestLin(eip));
+                    self.settle_code()?;
+                }
                 Ok(After::Interpret)
             }
             WorldExit::Fault { vector, .. } => {

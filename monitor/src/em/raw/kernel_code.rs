@@ -14,13 +14,15 @@ use crate::pgm::walk::peek;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, ScanReport};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Location, MapView, Patch, PatchId, Patm, Refusal};
+use patm::{Config, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
 use std::collections::{BTreeSet, HashMap};
 
 /// What an unproven byte of the code view holds.
 pub const UNSCANNED: u8 = 0xf4;
 /// Data writes to a page with code before its copy is given up (until it is executed again).
 const WRITES_BEFORE_DROP: u32 = 64;
+/// Hits of a trap byte before its site is looked at again, and at each power of two from there: a power of two.
+const TRAPS_BEFORE_IMPROVING: u32 = 16;
 
 struct CodePage {
     pfn: u32,
@@ -43,6 +45,7 @@ pub struct Counts {
     pub conflicts: u64,
     pub mid_instruction: u64,
     pub merged: u64,
+    pub improved: u64,
     pub pages_made: u64,
     pub pages_dropped: u64,
 }
@@ -68,12 +71,36 @@ pub struct KernelCode {
     /// Counters.
     pub counts: Counts,
     next_limit: HashMap<u32, u32>,
+    /// How often each trap byte was hit.
+    traps: HashMap<u32, u32>,
 }
 
 /// Writes code memory. Offsets come from its own allocator, so the bounds check cannot fail.
 pub fn put(code: &CodeMemory, offset: u64, bytes: &[u8]) {
     let written = code.write(offset, bytes);
     debug_assert!(written.is_some(), "code memory offset {offset:#x} out of range");
+}
+
+/// Reads the original bytes of copied pages.
+fn fetch(pages: &HashMap<u32, CodePage>) -> impl Fn(GuestLin, &mut [u8]) -> usize {
+    |at, buf| {
+        for (i, b) in buf.iter_mut().enumerate() {
+            let lin = at.wrapping_add(i as u32);
+            match pages.get(&lin.page_number()) {
+                Some(p) => *b = p.original[lin.page_offset()],
+                None => return i,
+            }
+        }
+        buf.len()
+    }
+}
+
+/// Whether a range of bytes has copies.
+fn writable(pages: &HashMap<u32, CodePage>) -> impl Fn(GuestLin, u32) -> bool {
+    |at, len| {
+        pages.contains_key(&at.page_number())
+            && pages.contains_key(&at.wrapping_add(len.saturating_sub(1)).page_number())
+    }
 }
 
 /// A patch as text: the window's instructions and the trampoline's.
@@ -115,6 +142,7 @@ impl KernelCode {
             refusals: Vec::new(),
             counts: Counts::default(),
             next_limit: HashMap::new(),
+            traps: HashMap::new(),
         }
     }
 
@@ -271,6 +299,28 @@ impl KernelCode {
         sites
     }
 
+    /// A trap byte was hit. When that happens often, the site is looked at again.
+    pub fn note_trap(&mut self, code: &CodeMemory, at: GuestLin) {
+        let trapping =
+            self.patm.patch_at(at.0).is_some_and(|p| p.start == at && p.tactic == Tactic::TrapByte);
+        if !trapping || self.overlapped(at) {
+            return;
+        }
+        let hits = self.traps.entry(at.0).or_default();
+        *hits = hits.saturating_add(1);
+        if *hits < TRAPS_BEFORE_IMPROVING || !hits.is_power_of_two() {
+            return;
+        }
+        let made = {
+            let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
+            self.patm.improve(at, &MapView { map: &self.map, fetch, writable })
+        };
+        self.counts.improved += made.len() as u64;
+        for id in made {
+            self.install(code, id);
+        }
+    }
+
     fn patch_sites(&mut self, code: &CodeMemory, sites: impl IntoIterator<Item = GuestLin>) {
         for (lo, hi) in self.patch_each(code, sites) {
             let again = self.undo_in(code, lo, hi);
@@ -297,30 +347,17 @@ impl KernelCode {
                 self.trap_overlapping(code, site);
                 continue;
             }
-            let pages = &self.pages;
-            let info = MapView {
-                map: &self.map,
-                fetch: |at: GuestLin, buf: &mut [u8]| {
-                    for (i, b) in buf.iter_mut().enumerate() {
-                        let lin = at.wrapping_add(i as u32);
-                        match pages.get(&lin.page_number()) {
-                            Some(p) => *b = p.original[lin.page_offset()],
-                            None => return i,
-                        }
-                    }
-                    buf.len()
-                },
-                writable: |at: GuestLin, len: u32| {
-                    pages.contains_key(&at.page_number())
-                        && pages.contains_key(&at.wrapping_add(len.saturating_sub(1)).page_number())
-                },
-            };
-            match self.patm.patch(site, &info) {
-                Ok(patch) => {
-                    let id = patch.id;
+            let planned = {
+                let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
+                let info = MapView { map: &self.map, fetch, writable };
+                let planned = self.patm.patch(site, &info).map(|patch| patch.id);
+                if planned.is_ok() {
                     mergeable.extend(self.patm.mergeable(site, &info));
-                    self.install(code, id);
                 }
+                planned
+            };
+            match planned {
+                Ok(id) => self.install(code, id),
                 Err(Refusal::TrapsItself) => {}
                 Err(refusal) => {
                     // The site must not run: its first byte traps in the view, and it is interpreted when reached.
