@@ -257,7 +257,7 @@ mod tests {
     impl TimeSource for Busy {
         fn monotonic_ns(&self) -> u64 {
             let n = self.reads.fetch_add(1, Ordering::Relaxed);
-            let pass = if n % self.good == 0 { 10 } else { 5_000_000 };
+            let pass = if n.is_multiple_of(self.good) { 10 } else { 5_000_000 };
             self.ns.fetch_add(pass, Ordering::Relaxed) + pass / 2
         }
         fn tsc(&self) -> u64 {
