@@ -348,3 +348,130 @@ mod tests {
         assert_eq!(walk(&m, &cpu, GuestLin(0), SUP_R), Err(pf::PRESENT | pf::RESERVED));
     }
 }
+
+/// The walk of a world's runtime against this one: on the same tables the same answer, or none.
+#[cfg(test)]
+mod in_world {
+    use super::*;
+    use host_driver_shim::raw::rc_walk::{self, Page, Tables, right};
+    use host_driver_shim::world::{FillMode, FillRules};
+    use proptest::prelude::*;
+    use std::cell::{Cell, RefCell};
+
+    /// Frames of RAM: few, so that random entries often lead to tables.
+    const FRAMES: u64 = 8;
+
+    #[derive(Clone)]
+    struct Mem {
+        words: RefCell<Vec<u32>>,
+        missed: Cell<bool>,
+    }
+    impl PhysMemory for Mem {
+        fn read_u32(&self, at: GuestPhys) -> u32 {
+            let word = self.words.borrow().get((at.0 / 4) as usize).copied();
+            self.missed.set(self.missed.get() | word.is_none());
+            word.unwrap_or(u32::MAX)
+        }
+        fn write_u32(&self, at: GuestPhys, value: u32) {
+            if let Some(w) = self.words.borrow_mut().get_mut((at.0 / 4) as usize) {
+                *w = value;
+            }
+        }
+    }
+    impl Tables for Mem {
+        fn read(&self, at: u64) -> Option<u32> {
+            self.words.borrow().get((at / 4) as usize).copied()
+        }
+        fn update(&self, at: u64, old: u32, new: u32) -> bool {
+            let mut words = self.words.borrow_mut();
+            let Some(w) = words.get_mut((at / 4) as usize).filter(|w| **w == old) else { return false };
+            *w = new;
+            true
+        }
+    }
+
+    fn same(leaf: &Leaf, page: &Page) -> bool {
+        let has = |bit| page.rights & bit != 0;
+        leaf.frame.0 == page.frame
+            && (leaf.writable, leaf.user, leaf.no_execute)
+                == (has(right::WRITABLE), has(right::USER), has(right::NO_EXECUTE))
+            && (leaf.dirty, leaf.global, leaf.shift > 12)
+                == (has(right::DIRTY), has(right::GLOBAL), has(right::LARGE))
+    }
+
+    /// An entry that is often plausible: a frame in RAM and any of the low bits.
+    fn entry() -> impl Strategy<Value = u32> {
+        let plausible = (0..FRAMES as u32, any::<u32>()).prop_map(|(f, low)| f << 12 | low & 0xf7f | 1);
+        let large = (any::<u32>(), any::<u32>()).prop_map(|(at, low)| at & 0xffc0_0000 | low & 0xfff | 0x81);
+        prop_oneof![6 => plausible, 2 => large, 1 => any::<u32>(), 1 => Just(0)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #[test]
+        fn a_worlds_walk_says_what_this_one_says(
+            entries in prop::collection::vec(entry(), 64),
+            fill in any::<u64>(),
+            lin in any::<u32>(),
+            (pae, pse, pge, nxe, wp) in any::<(bool, bool, bool, bool, bool)>(),
+            (write, user, high) in any::<(bool, bool, bool)>(),
+            (cr3, pdpte) in (0..FRAMES as u32, prop::array::uniform4(0..FRAMES * 2)),
+        ) {
+            let size = FRAMES as usize * 1024;
+            let words: Vec<u32> = (0..size)
+                .map(|i| {
+                    let pick = (i as u64 + 1).wrapping_mul(fill | 1) >> 32;
+                    let e = entries[pick as usize % entries.len()];
+                    // High halves of PAE entries are mostly empty, else NX or reserved bits.
+                    if pae && i % 2 == 1 { if high && pick % 5 == 0 { e & 0x8000_001f } else { 0 } } else { e }
+                })
+                .collect();
+            let mut cpu = CpuState::reset();
+            cpu.cr0 = cr0::PE | cr0::PG | if wp { cr0::WP } else { 0 };
+            for (on, bit) in [(pae, cr4::PAE), (pse, cr4::PSE), (pge, cr4::PGE)] {
+                cpu.cr4 |= if on { bit } else { 0 };
+            }
+            cpu.msr.efer = if nxe { efer::NXE } else { 0 };
+            cpu.cr3 = cr3 << 12;
+            cpu.pdpte = pdpte.map(|p| (p / 2) << 12 | u64::from(p % 8 != 0));
+            let mut mode = FillMode::ENABLED;
+            mode.set(FillMode::PAE, pae);
+            mode.set(FillMode::PSE, pse);
+            mode.set(FillMode::PGE, pge);
+            mode.set(FillMode::NXE, nxe);
+            mode.set(FillMode::WP, wp);
+            mode.set(FillMode::SUPERVISOR, !user);
+            let rules = FillRules { mode, cr3: cpu.cr3, pdpte: cpu.pdpte, ..FillRules::default() };
+            let ours = Mem { words: RefCell::new(words.clone()), missed: Cell::new(false) };
+            let theirs = ours.clone();
+            let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+            let access = Access { write, fetch: false, privilege };
+
+            let before = peek(&ours, &cpu, GuestLin(lin));
+            let told = walk(&ours, &cpu, GuestLin(lin), access);
+            let page = rc_walk::walk(&theirs, &rules, lin, write, user);
+            match (&told, &page) {
+                (Ok(leaf), Some(page)) => prop_assert!(same(leaf, page), "{leaf:x?} {page:x?}"),
+                (Err(_), None) => {}
+                // Tables in memory that is not there are not the world's business.
+                (Ok(_), None) => prop_assert!(ours.missed.get(), "{told:x?}"),
+                (Err(_), Some(_)) => prop_assert!(false, "{told:x?} {page:x?}"),
+            }
+            if told.is_err() || page.is_some() {
+                prop_assert!(ours.words == theirs.words, "A and D");
+            }
+
+            let fresh = || Mem { words: RefCell::new(words.clone()), missed: Cell::new(false) };
+            let (ours, theirs) = (fresh(), fresh());
+            let expected = before.filter(|l| l.shift == 12 && (!user || l.user));
+            let ahead = rc_walk::prefetch(&theirs, &rules, lin, user);
+            if let Some(page) = &ahead {
+                prop_assert!(prefetch(&ours, &cpu, GuestLin(lin)).is_some_and(|leaf| same(&leaf, page)));
+                prop_assert!(expected.is_some() && ours.words == theirs.words);
+            } else {
+                peek(&ours, &cpu, GuestLin(lin));
+                prop_assert!(expected.is_none() || ours.missed.get(), "{expected:x?}");
+            }
+        }
+    }
+}
