@@ -77,15 +77,10 @@ pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> boo
         return false;
     }
     // SAFETY: as above: references to arrays of atomics and to atomics.
-    let (present, foreign, last, answered, ram_pages) = unsafe {
-        (
-            &(*area).present,
-            &(*area).foreign,
-            &(*area).last,
-            &(*area).answered,
-            (*area).ram_pages.load(Relaxed),
-        )
-    };
+    let (present, foreign, last, answered) =
+        unsafe { (&(*area).present, &(*area).foreign, &(*area).last, &(*area).answered) };
+    // SAFETY: as above.
+    let (log, noted, ram_pages) = unsafe { (&(*area).log, &(*area).noted, (*area).ram_pages.load(Relaxed)) };
     let write = error & PF_WRITE != 0;
     // The same fault again: the host does not do what we think. The monitor knows more.
     let this = cr2 & !0xfff | u32::from(write) << 1;
@@ -116,13 +111,7 @@ pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> boo
     if large && place.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
         return false;
     }
-    // SAFETY: as above.
-    let mut runs = Runs {
-        area: unsafe { &*(&raw const (*area).log) },
-        noted: unsafe { &(*area).noted },
-        present,
-        run: None,
-    };
+    let mut runs = Runs { log, noted, present, run: None };
     let mut fine = runs.have_room();
     for number in low..low.wrapping_add(span) {
         let at = number.wrapping_add(delta_pages) & 0xf_ffff;
@@ -180,7 +169,7 @@ struct Run {
 }
 
 struct Runs<'a> {
-    area: &'a [Note; LOG],
+    log: &'a [Note; LOG],
     noted: &'a AtomicU32,
     present: &'a super::fill::Bitmap,
     run: Option<Run>,
@@ -251,7 +240,7 @@ impl Runs<'_> {
 
     fn note(&self, at: u32, pages: u32, pfn: u64, rights: u8) {
         let n = self.noted.load(Acquire);
-        if let Some(note) = self.area.get(n as usize) {
+        if let Some(note) = self.log.get(n as usize) {
             note.page.store(at, Relaxed);
             note.pages.store(pages, Relaxed);
             note.pfn.store(pfn as u32, Relaxed);

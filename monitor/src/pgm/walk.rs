@@ -422,8 +422,13 @@ mod in_world {
                 .map(|i| {
                     let pick = (i as u64 + 1).wrapping_mul(fill | 1) >> 32;
                     let e = entries[pick as usize % entries.len()];
-                    // High halves of PAE entries are mostly empty, else NX or reserved bits.
-                    if pae && i % 2 == 1 { if high && pick % 5 == 0 { e & 0x8000_001f } else { 0 } } else { e }
+                    // High halves of PAE entries: nothing, NX, or anything.
+                    match (pae && i % 2 == 1, high, pick % 6) {
+                        (true, true, 0 | 1) => 0x8000_0000,
+                        (true, true, 2) => e.rotate_left(19) & 0x8000_001f,
+                        (true, ..) => 0,
+                        _ => e,
+                    }
                 })
                 .collect();
             let mut cpu = CpuState::reset();
