@@ -134,6 +134,51 @@ pub struct FillRules {
     pub reserved: u32,
 }
 
+/// An entry of a guest descriptor table as the monitor saw it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Table {
+    /// Guest linear address.
+    pub at: u32,
+    /// Low half.
+    pub low: u32,
+    /// High half.
+    pub high: u32,
+}
+
+/// What a world must know to deliver page faults to the guest by itself: through a 32-bit interrupt or trap gate to flat
+/// ring-0 code, onto flat stacks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct DeliveryRules {
+    /// Not 0: it may.
+    pub ready: u32,
+    /// Not 0: for faults of ring 3 as well.
+    pub from_ring3: u32,
+    /// The IDT entry of the page fault.
+    pub gate: Table,
+    /// EIP of the handler.
+    pub target: u32,
+    /// The new virtual IF is the old one and this.
+    pub if_mask: u32,
+    /// The handler's CS selector as the guest sees it.
+    pub cs: u32,
+    /// Its descriptor.
+    pub cs_descriptor: Table,
+    /// The host selector of ring-0 code.
+    pub cs_host: u32,
+    /// Guest linear address of ESP0 in the TSS; SS0 is the word at +4.
+    pub tss_esp0: u32,
+    /// What SS0 must be.
+    pub ss: u32,
+    /// Its descriptor.
+    pub ss_descriptor: Table,
+    /// The host selector for it.
+    pub ss_host: u32,
+    /// The host selector SS must hold in ring 3.
+    pub user_ss_host: u32,
+}
+
 /// A run of pages a world mapped by itself, with the leaf rights used. Unchecked: it is what the world says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fill {
@@ -185,6 +230,13 @@ pub trait World {
     /// Lets the world map guest RAM at data faults by itself, by these rules, from the next run on. A world that cannot
     /// do that ignores it.
     fn set_fill_rules(&mut self, _rules: &FillRules) {}
+    /// Lets the world deliver page faults to the guest by itself from the next run on, if `ready`. A world that cannot do
+    /// that ignores it.
+    fn set_delivery_rules(&mut self, _rules: &DeliveryRules) {}
+    /// How many page faults the world says it has delivered to the guest, ever (wraps).
+    fn faults_delivered(&self) -> u32 {
+        0
+    }
     /// Hands over, in order, what the world has mapped by itself since the last call, and yields how many faults that
     /// answered.
     fn take_fills(&mut self, _each: &mut dyn FnMut(Fill)) -> u32 {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::fill::FillArea;
 use crate::shared::{SharedMap, copy};
-use crate::world::HwRegs;
+use crate::world::{DeliveryRules, HwRegs};
 
 /// Where the runtime maps the arena in a world: fixed, so that assembly can name it.
 pub(crate) const ARENA_VA: u64 = 0x1000_0000_0000;
@@ -149,6 +149,7 @@ pub(crate) struct Arena {
     pub(crate) filter: [u64; FILTER_MAX],
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
+    pub(crate) delivery: DeliveryRules,
     pub(crate) fill: FillArea,
     /// While a fault answered in the world is returned from: the `ucontext_t` of its signal frame.
     pub(crate) returning: AtomicU64,
@@ -167,6 +168,16 @@ const _: () = {
     assert!(ARENA_VA + size_of::<Arena>() as u64 <= STACK_VA);
     assert!(size_of::<Command>() == 32 && size_of::<HwRegs>() == 52);
 };
+
+/// A word of the vCPU page as the world sees it; the first one for an offset outside it.
+///
+/// # Safety
+/// In a world, `a` is its mapped arena.
+pub(crate) unsafe fn vcpu_word<'a>(a: *mut Arena, offset: u32) -> &'a AtomicU32 {
+    let at = if offset <= 4092 { offset as usize & !3 } else { 0 };
+    // SAFETY: `at` is a multiple of 4 inside the page, which is mapped for the world's whole life.
+    unsafe { AtomicU32::from_ptr((&raw mut (*a).vcpu).cast::<u8>().add(at).cast()) }
+}
 
 /// The monitor's mapping of one world's arena.
 #[derive(Debug)]

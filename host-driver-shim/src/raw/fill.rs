@@ -12,7 +12,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::arena::{Arena, ArenaMap};
-use crate::world::{Fill, FillRules, WorldLin};
+use crate::world::{DeliveryRules, Fill, FillRules, WorldLin};
 
 /// Pages of a world.
 const PAGES: u32 = 1 << 20;
@@ -46,6 +46,8 @@ pub(crate) struct FillArea {
     pub(crate) noted: AtomicU32,
     /// How many faults were answered, ever (wraps).
     pub(crate) answered: AtomicU32,
+    /// How many page faults were delivered to the guest, ever (wraps).
+    pub(crate) delivered: AtomicU32,
     /// The fault answered last without an exit since: page address and bit 1 for a write; or [`NO_FAULT`].
     pub(crate) last: AtomicU32,
     pub(crate) log: [Note; LOG],
@@ -126,6 +128,20 @@ impl ArenaMap {
     pub(crate) fn set_ram_pages(&self, pages: u32) {
         self.fill_word(offset_of!(FillArea, ram_pages)).store(pages, Relaxed);
         self.fill_word(offset_of!(FillArea, last)).store(NO_FAULT, Relaxed);
+    }
+
+    pub(crate) fn set_delivery_rules(&self, rules: &DeliveryRules) {
+        let at = offset_of!(Arena, delivery);
+        // SAFETY: both sides are one DeliveryRules; the destination is inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy((&raw const *rules).cast(), to, size_of::<DeliveryRules>());
+        }
+    }
+
+    /// How many page faults the world says it has delivered, ever.
+    pub(crate) fn faults_delivered(&self) -> u32 {
+        self.fill_word(offset_of!(FillArea, delivered)).load(Relaxed)
     }
 
     /// How many faults the world says it has answered, ever.

@@ -15,6 +15,7 @@ mod fill;
 mod init;
 mod jail;
 mod rc;
+pub mod rc_deliver;
 mod rc_fill;
 pub mod rc_walk;
 mod signal;
@@ -28,7 +29,8 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin,
+    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit,
+    WorldLin,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
@@ -477,6 +479,14 @@ impl World for RawWorld {
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
         self.process.arena.set_fill_rules(rules);
+    }
+
+    fn set_delivery_rules(&mut self, rules: &DeliveryRules) {
+        self.process.arena.set_delivery_rules(rules);
+    }
+
+    fn faults_delivered(&self) -> u32 {
+        self.process.arena.faults_delivered()
     }
 
     fn take_fills(&mut self, each: &mut dyn FnMut(Fill)) -> u32 {

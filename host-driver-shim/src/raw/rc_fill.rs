@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
-use super::fill::{LOG, Note, is_set, put};
+use super::fill::{LOG, NO_FAULT, Note, is_set, put};
 use super::rc::map;
-use super::rc_walk::{Page, Tables, prefetch, right, walk};
+use super::rc_walk::{Access, Page, Tables, prefetch, refusal, right, walk};
 use crate::world::{FillMode, FillRules};
 
 /// Pages mapped around a faulting one where the guest has them present. As in the monitor.
@@ -25,12 +25,12 @@ const PF_WRITE: u32 = 2;
 const PF_FETCH: u32 = 16;
 
 /// Guest RAM through the runtime's own mapping.
-struct Ram {
-    pages: u32,
+pub(crate) struct Ram {
+    pub(crate) pages: u32,
 }
 
 impl Ram {
-    fn word(&self, at: u64) -> Option<&AtomicU32> {
+    pub(crate) fn word(&self, at: u64) -> Option<&AtomicU32> {
         if !at.is_multiple_of(4) || at >> 12 >= u64::from(self.pages) {
             return None;
         }
@@ -45,7 +45,7 @@ impl Ram {
     }
 
     /// Writes to this frame are the monitor's business.
-    fn is_watched(&self, pfn: u64) -> bool {
+    pub(crate) fn is_watched(&self, pfn: u64) -> bool {
         if !self.holds(pfn) {
             return true;
         }
@@ -66,11 +66,53 @@ impl Tables for Ram {
     }
 }
 
-/// Answers a page fault of guest code if it is only a shadow miss; `false`: the monitor must look at it.
+/// What a page fault of guest code is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Answer {
+    /// A miss of the shadow, filled: guest code can go on.
+    Filled,
+    /// The guest's: it is to see this error code and guest linear address.
+    Guests { error_code: u32, lin: u32 },
+    /// The monitor must look at it.
+    Monitors,
+}
+
+/// Answers a page fault of guest code if it is only a shadow miss.
 ///
 /// # Safety
 /// In a world, `a` is its mapped arena, and the world has the turn.
-pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> Answer {
+    // SAFETY: by contract; everything in the fill area but the rules is atomic.
+    let (rules, ram, last) = unsafe {
+        let area = &raw const (*a).fill;
+        (
+            (&raw const (*area).rules).read_volatile(),
+            Ram { pages: (*area).ram_pages.load(Relaxed) },
+            &(*area).last,
+        )
+    };
+    if !rules.mode.contains(FillMode::ENABLED) {
+        return Answer::Monitors;
+    }
+    let user_code = rules.user_cs != 0 && rules.user_cs == u32::from(cs);
+    let user = user_code || !rules.mode.contains(FillMode::SUPERVISOR);
+    let (write, fetch) = (error & PF_WRITE != 0, error & PF_FETCH != 0);
+    let lin = if fetch { cr2 } else { cr2.wrapping_sub(rules.delta) };
+    if (!fetch || user)
+        && let Some(error_code) = refusal(&ram, &rules, lin, Access { write, user, fetch })
+    {
+        last.store(NO_FAULT, Relaxed);
+        return Answer::Guests { error_code, lin };
+    }
+    // SAFETY: by contract.
+    if unsafe { fill(a, cr2, error, cs) } { Answer::Filled } else { Answer::Monitors }
+}
+
+/// Fills a miss of the data shadow; false if it cannot.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, rules) = unsafe { (&raw const (*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
     if error & PF_FETCH != 0 || !rules.mode.contains(FillMode::ENABLED) {

@@ -77,8 +77,17 @@ fn page(rules: &FillRules, frame: u64, levels: u32, own: u32, no_execute: bool, 
     Page { frame, rights }
 }
 
-/// The leaf of `lin` and the entries that lead to it; `None` if not present, malformed or outside RAM.
-fn path<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Option<Path> {
+/// Why there is no leaf.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Miss {
+    /// P is clear somewhere on the way.
+    NotPresent,
+    /// Malformed, or outside RAM: the monitor must look.
+    Unclear,
+}
+
+/// The leaf of `lin` and the entries that lead to it.
+fn path<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<Path, Miss> {
     if rules.mode.contains(FillMode::PAE) {
         path_pae(tables, rules, lin)
     } else {
@@ -86,20 +95,21 @@ fn path<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Option<P
     }
 }
 
-fn path_32<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Option<Path> {
-    let read = |base: u32, index: u32| -> Option<Entry> {
+fn path_32<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<Path, Miss> {
+    let read = |base: u32, index: u32| -> Result<Entry, Miss> {
         let at = u64::from(base & !0xfff) + u64::from(index) * 4;
-        Some(Entry { at, low: tables.read(at)?, high: 0 }).filter(|e| e.low & P != 0)
+        let low = tables.read(at).ok_or(Miss::Unclear)?;
+        if low & P == 0 { Err(Miss::NotPresent) } else { Ok(Entry { at, low, high: 0 }) }
     };
     let pde = read(rules.cr3, lin >> 22)?;
     if pde.low & PS != 0 && rules.mode.contains(FillMode::PSE) {
         // PSE-36: bits 20:13 are address bits 39:32, of which 35:32 exist; bit 21 is reserved.
         if pde.low & 0x003e_0000 != 0 {
-            return None;
+            return Err(Miss::Unclear);
         }
         let high = u64::from((pde.low >> 13) & 0xf) << 32;
         let frame = high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin & 0x003f_f000);
-        return Some(Path {
+        return Ok(Path {
             page: page(rules, frame, pde.low, pde.low, false, true),
             parent: None,
             entry: pde,
@@ -107,35 +117,40 @@ fn path_32<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Optio
     }
     let pte = read(pde.low, (lin >> 12) & 0x3ff)?;
     let leaf = page(rules, u64::from(pte.low & !0xfff), pde.low & pte.low, pte.low, false, false);
-    Some(Path { page: leaf, parent: Some(pde), entry: pte })
+    Ok(Path { page: leaf, parent: Some(pde), entry: pte })
 }
 
-fn path_pae<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Option<Path> {
-    let read = |base: u64, index: u32| -> Option<Entry> {
+fn path_pae<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<Path, Miss> {
+    let read = |base: u64, index: u32| -> Result<Entry, Miss> {
         let at = base.wrapping_add(u64::from(index) * 8);
-        let e = Entry { at, low: tables.read(at)?, high: tables.read(at.wrapping_add(4))? };
+        let word = |at| tables.read(at).ok_or(Miss::Unclear);
+        let e = Entry { at, low: word(at)?, high: word(at.wrapping_add(4))? };
         // Bits 62:36 are reserved (MAXPHYADDR is reported as 36), and NX is where EFER.NXE is clear.
         let reserved = if rules.mode.contains(FillMode::NXE) { 0x7fff_fff0 } else { 0xffff_fff0 };
-        (e.low & P != 0 && e.high & reserved == 0).then_some(e)
+        match e.low & P {
+            0 => Err(Miss::NotPresent),
+            _ if e.high & reserved != 0 => Err(Miss::Unclear),
+            _ => Ok(e),
+        }
     };
     let frame = |e: &Entry| (u64::from(e.high & 0xf) << 32) | u64::from(e.low & !0xfff);
-    let pdpte = *rules.pdpte.get((lin >> 30) as usize)?;
+    let pdpte = *rules.pdpte.get((lin >> 30) as usize).ok_or(Miss::Unclear)?;
     if pdpte & 1 == 0 {
-        return None;
+        return Err(Miss::NotPresent);
     }
     let pde = read(pdpte & 0x000f_ffff_ffff_f000, (lin >> 21) & 0x1ff)?;
     let nx = pde.high >> 31 != 0;
     if pde.low & PS != 0 {
         if pde.low & 0x001f_e000 != 0 {
-            return None;
+            return Err(Miss::Unclear);
         }
         let at = frame(&pde) & !0x1f_ffff | u64::from(lin & 0x001f_f000);
-        return Some(Path { page: page(rules, at, pde.low, pde.low, nx, true), parent: None, entry: pde });
+        return Ok(Path { page: page(rules, at, pde.low, pde.low, nx, true), parent: None, entry: pde });
     }
     let pte = read(frame(&pde), (lin >> 12) & 0x1ff)?;
     let nx = nx || pte.high >> 31 != 0;
     let leaf = page(rules, frame(&pte), pde.low & pte.low, pte.low, nx, false);
-    Some(Path { page: leaf, parent: Some(pde), entry: pte })
+    Ok(Path { page: leaf, parent: Some(pde), entry: pte })
 }
 
 fn set<T: Tables + ?Sized>(tables: &T, e: &Entry, bits: u32) -> bool {
@@ -150,7 +165,7 @@ pub fn walk<T: Tables + ?Sized>(
     write: bool,
     user: bool,
 ) -> Option<Page> {
-    let mut p = path(tables, rules, lin)?;
+    let mut p = path(tables, rules, lin).ok()?;
     let has = |bit: u32| p.page.rights & bit != 0;
     let writable = has(right::WRITABLE) || !user && !rules.mode.contains(FillMode::WP);
     if user && !has(right::USER) || write && !writable {
@@ -170,9 +185,39 @@ pub fn walk<T: Tables + ?Sized>(
     Some(p.page)
 }
 
+/// What kind of access an error code tells of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Access {
+    /// A write.
+    pub write: bool,
+    /// With user rights.
+    pub user: bool,
+    /// An instruction fetch.
+    pub fetch: bool,
+}
+
+/// The error code of the page fault the guest must see (SDM Vol. 3A, 4.7), if the tables clearly do not allow the access.
+/// `None`: they do, or the monitor must look. Changes nothing.
+pub fn refusal<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32, access: Access) -> Option<u32> {
+    let bit = |on: bool, bit: u32| if on { bit } else { 0 };
+    let Access { write, user, fetch } = access;
+    let shows_fetch = rules.mode.contains(FillMode::PAE | FillMode::NXE);
+    let code = bit(write, 2) | bit(user, 4) | bit(fetch && shows_fetch, 16);
+    match path(tables, rules, lin) {
+        Err(Miss::NotPresent) => Some(code),
+        Err(Miss::Unclear) => None,
+        Ok(p) => {
+            let has = |bit: u32| p.page.rights & bit != 0;
+            let writable = has(right::WRITABLE) || !user && !rules.mode.contains(FillMode::WP);
+            let refused = user && !has(right::USER) || write && !writable || fetch && has(right::NO_EXECUTE);
+            refused.then_some(code | 1)
+        }
+    }
+}
+
 /// The 4 KiB page of `lin` if it is present and may be mapped ahead of its use; sets A of its entry.
 pub fn prefetch<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32, user: bool) -> Option<Page> {
-    let p = path(tables, rules, lin)?;
+    let p = path(tables, rules, lin).ok()?;
     let fits = p.page.rights & right::LARGE == 0 && (!user || p.page.rights & right::USER != 0);
     (fits && set(tables, &p.entry, A)).then_some(p.page)
 }

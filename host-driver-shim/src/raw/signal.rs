@@ -13,7 +13,8 @@ use super::entry::{
     bad_state_address, resume_range, return_range, subring_rc_leave, subring_rc_resume, subring_rc_return,
 };
 use super::rc::{arena, death, die};
-use super::rc_fill;
+use super::rc_deliver;
+use super::rc_fill::{self, Answer};
 use crate::shared::copy;
 use crate::world::FillMode;
 
@@ -44,9 +45,18 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     unsafe {
         if signal == libc::SIGSEGV && code > 0 && may_answer(gregs, csgsfs, arena) {
             let (cr2, error) = (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32);
-            if rc_fill::answer(arena, cr2, error, csgsfs as u16) {
-                (*arena).returning.store(uc.expose_provenance() as u64, Release);
-                subring_rc_return();
+            match rc_fill::answer(arena, cr2, error, csgsfs as u16) {
+                Answer::Filled => {
+                    (*arena).returning.store(uc.expose_provenance() as u64, Release);
+                    subring_rc_return();
+                }
+                Answer::Guests { error_code, lin } => {
+                    save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
+                    if rc_deliver::deliver(arena, error_code, lin) {
+                        subring_rc_resume();
+                    }
+                }
+                Answer::Monitors => {}
             }
         }
         save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);

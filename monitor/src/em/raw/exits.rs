@@ -93,6 +93,8 @@ impl RawEngine {
                 }
             }
         }
+        // A page fault may have been delivered in the world.
+        cpu.cr2 = self.kernels[number].world.vcpu_read(vp::CR2);
         let cpl = if self.kernels[number].world.vcpu_read(vp::CPL) == 3 { 3 } else { 0 };
         if cpl != cpu.cpl {
             let (cs, ss) = match cpl {
@@ -435,6 +437,10 @@ impl RawEngine {
             Ok(after)
         };
         let refused = |this: &mut Self, code, lin: GuestLin| {
+            if let Place::Kernel(number) = place {
+                // The world could have delivered it; perhaps the gate is another one now.
+                this.retract_transitions(number);
+            }
             after(this, Cause::GuestFault, After::Deliver(Event::Exception(Trap::pf(code, lin.0))))
         };
         let layout = self.layout;

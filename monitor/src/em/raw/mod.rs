@@ -401,6 +401,12 @@ impl RawEngine {
         self.kernels.iter().chain(&self.users).map(|s| s.filled).sum()
     }
 
+    /// Page faults worlds have delivered to the guest by themselves.
+    #[must_use]
+    pub fn delivered_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.faults_delivered())).sum()
+    }
+
     /// Why the CPU's state is not for raw mode, if it is not.
     #[must_use]
     pub fn refusal(cpu: &CpuState) -> Option<RawRefusal> {

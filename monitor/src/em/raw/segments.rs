@@ -2,6 +2,7 @@
 //! world.
 
 use super::*;
+use host_driver_shim::world::{DeliveryRules, Table};
 
 /// What is known of the guest's ring transitions: the segments its rings run with and the vector of its system calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -42,14 +43,19 @@ struct UserSegments {
     ss_host: u16,
 }
 
-struct SystemCallGate {
-    vector: u8,
-    gate: Expected,
+/// A 32-bit interrupt or trap gate to the running ring-0 code.
+struct Gate {
+    entry: Expected,
+    dpl: u8,
     target: u32,
     if_mask: u32,
-    ss: Expected,
+}
+
+/// The stack on which ring 0 begins when it is entered from ring 3.
+struct EntryStack {
+    descriptor: Expected,
     segment: Segment,
-    ss_host: u16,
+    host: u16,
 }
 
 fn entry(cpu: &CpuState, m: &mut Machine, at: GuestLin) -> Option<(Expected, [u8; 8])> {
@@ -68,6 +74,8 @@ fn descriptor(cpu: &CpuState, m: &mut Machine, s: &Segment) -> Option<Expected> 
     (accessed && now == *s).then_some(expected)
 }
 
+/// The vector of the page fault.
+const PAGE_FAULT: u8 = 14;
 /// EFLAGS.RF.
 const RF: u32 = 1 << 16;
 
@@ -165,14 +173,17 @@ impl RawEngine {
             .boundary
             .filter(|_| !grounds.tainted && grounds.cr0 == cr0::WP && grounds.cr4 == 0 && kernel.is_some());
         let user = user.and_then(|boundary| self.user_segments(boundary, cpu, m));
-        let gate = user.as_ref().and_then(|_| self.system_call_gate(cpu, m));
+        let stack = user.as_ref().and_then(|_| self.entry_stack(cpu, m));
+        let vector = self.transitions.vector;
+        let call = stack
+            .as_ref()
+            .and_then(|_| Some((vector?, self.gate(cpu, m, vector?).filter(|gate| gate.dpl == 3)?)));
+        let page_fault = kernel.as_ref().and_then(|_| self.gate(cpu, m, PAGE_FAULT));
         let mut host = Vec::new();
         if let Some(u) = &user {
             host.extend([u.cs_host, u.ss_host]);
         }
-        if let Some(g) = &gate {
-            host.push(g.ss_host);
-        }
+        host.extend(stack.as_ref().map(|s| s.host));
         if self.descriptors.generation != grounds.generation {
             // The numbering of descriptors started afresh on the way: at the next entry, then.
             return Ok(());
@@ -208,26 +219,56 @@ impl RawEngine {
             ]),
             None => put(&[(vp::USER_CS, vp::IRET_NOWHERE)]),
         }
-        if let Some(g) = &gate {
+        if let Some(stack) = &stack {
             put(&[
-                (vp::GATE_VECTOR, u32::from(g.vector)),
-                (vp::GATE_AT, g.gate.at),
-                (vp::GATE_LOW, g.gate.low),
-                (vp::GATE_HIGH, g.gate.high),
-                (vp::GATE_IF_MASK, g.if_mask),
-                (vp::GATE_CS, u32::from(kernel_cs.selector)),
                 (vp::TSS_ESP0_AT, cpu.tr.base.wrapping_add(4)),
-                (vp::KERNEL_SS, u32::from(g.segment.selector)),
-                (vp::KERNEL_SS_DESC_AT, g.ss.at),
-                (vp::KERNEL_SS_DESC_LOW, g.ss.low),
-                (vp::KERNEL_SS_DESC_HIGH, g.ss.high),
-                (vp::KERNEL_SS_HOST + 4, u32::from(g.ss_host)),
-                (vp::GATE_TARGET, g.target),
+                (vp::KERNEL_SS, u32::from(stack.segment.selector)),
+                (vp::KERNEL_SS_DESC_AT, stack.descriptor.at),
+                (vp::KERNEL_SS_DESC_LOW, stack.descriptor.low),
+                (vp::KERNEL_SS_DESC_HIGH, stack.descriptor.high),
+                (vp::KERNEL_SS_HOST + 4, u32::from(stack.host)),
                 (vp::KERNEL_CS_HOST + 4, u32::from(space::HOST_CODE32)),
+            ]);
+            self.entry_ss = stack.segment;
+        }
+        if let Some((vector, gate)) = &call {
+            put(&[
+                (vp::GATE_VECTOR, u32::from(*vector)),
+                (vp::GATE_AT, gate.entry.at),
+                (vp::GATE_LOW, gate.entry.low),
+                (vp::GATE_HIGH, gate.entry.high),
+                (vp::GATE_IF_MASK, gate.if_mask),
+                (vp::GATE_CS, u32::from(kernel_cs.selector)),
+                (vp::GATE_TARGET, gate.target),
                 (vp::GATE_READY, 1),
             ]);
-            self.entry_ss = g.segment;
         }
+        let table = |e: &Expected| Table { at: e.at, low: e.low, high: e.high };
+        let mut delivery = DeliveryRules::default();
+        if let (Some(gate), Some(cs)) = (&page_fault, &kernel) {
+            delivery = DeliveryRules {
+                ready: 1,
+                gate: table(&gate.entry),
+                target: gate.target,
+                if_mask: gate.if_mask,
+                cs: u32::from(kernel_cs.selector),
+                cs_descriptor: table(cs),
+                cs_host: u32::from(space::HOST_CODE32),
+                ..delivery
+            };
+            if let (Some(stack), Some(user)) = (&stack, &user) {
+                delivery = DeliveryRules {
+                    from_ring3: 1,
+                    tss_esp0: cpu.tr.base.wrapping_add(4),
+                    ss: u32::from(stack.segment.selector),
+                    ss_descriptor: table(&stack.descriptor),
+                    ss_host: u32::from(stack.host),
+                    user_ss_host: u32::from(user.ss_host),
+                    ..delivery
+                };
+            }
+        }
+        w.set_delivery_rules(&delivery);
         self.kernels[number].published = Some(grounds);
         Ok(())
     }
@@ -247,29 +288,29 @@ impl RawEngine {
         })
     }
 
-    /// What a system call of ring 3 needs, if it may be done in line: a 32-bit gate of DPL 3 to the running ring-0 code,
-    /// and a 32-bit TSS that names a flat stack.
-    fn system_call_gate(&mut self, cpu: &CpuState, m: &mut Machine) -> Option<SystemCallGate> {
+    /// The gate of a vector, if it is one that worlds can go through by themselves: 32 bits, to the running ring-0 code.
+    fn gate(&self, cpu: &CpuState, m: &mut Machine, vector: u8) -> Option<Gate> {
         const GATE_END: u32 = 7;
-        const TSS32_END: u32 = 0x67;
-        let vector = self.transitions.vector?;
         let index = u32::from(vector) * 8;
-        if index + GATE_END > u32::from(cpu.idtr.limit) || cpu.tr.limit < TSS32_END {
+        if index + GATE_END > u32::from(cpu.idtr.limit) {
             return None;
         }
-        let (gate, bytes) = entry(cpu, m, GuestLin(cpu.idtr.base.wrapping_add(index)))?;
+        let (entry, bytes) = entry(cpu, m, GuestLin(cpu.idtr.base.wrapping_add(index)))?;
         let d = selm::descriptor::Descriptor::from_bytes(bytes);
-        let trap = match d.system_type() {
-            Some(0xe) => false,
-            Some(0xf) => true,
+        let if_mask = match d.system_type() {
+            Some(selm::descriptor::system_type::INTERRUPT_GATE32) => 0,
+            Some(selm::descriptor::system_type::TRAP_GATE32) => u32::MAX,
             _ => return None,
         };
-        let target = d.gate_offset();
-        if !d.present() || d.dpl() != 3 || d.gate_selector() & !3 != self.transitions.kernel_cs.selector {
-            return None;
-        }
+        let ours = d.present() && d.gate_selector() & !3 == self.transitions.kernel_cs.selector;
+        ours.then(|| Gate { entry, dpl: d.dpl(), target: d.gate_offset(), if_mask })
+    }
+
+    /// The stack of ring 0 that a 32-bit TSS names, if it is flat.
+    fn entry_stack(&mut self, cpu: &CpuState, m: &mut Machine) -> Option<EntryStack> {
+        const TSS32_END: u32 = 0x67;
         // TSS types 9 and 11 are the 32-bit ones (SDM Vol. 3A, table 3-2).
-        if !matches!(cpu.tr.attr.type_bits(), 9 | 11) {
+        if cpu.tr.limit < TSS32_END || !matches!(cpu.tr.attr.type_bits(), 9 | 11) {
             return None;
         }
         let mut word = [0u8; 2];
@@ -278,7 +319,7 @@ impl RawEngine {
         if selector & 7 != 0 || selector == 0 {
             return None;
         }
-        let (ss, bytes) = entry(cpu, m, selm::descriptor::address(cpu, selector)?)?;
+        let (descriptor, bytes) = entry(cpu, m, selm::descriptor::address(cpu, selector)?)?;
         let d = selm::descriptor::Descriptor::from_bytes(bytes);
         let segment = d.segment(selector);
         let accessed = bytes[5] & 1 != 0;
@@ -288,9 +329,8 @@ impl RawEngine {
         if !segment.is_flat() || !segment.big() {
             return None;
         }
-        let ss_host = self.descriptors.selector(&segment, false, &self.layout, None);
-        let if_mask = if trap { u32::MAX } else { 0 };
-        Some(SystemCallGate { vector, gate, target, if_mask, ss, segment, ss_host })
+        let host = self.descriptors.selector(&segment, false, &self.layout, None);
+        Some(EntryStack { descriptor, segment, host })
     }
 
     /// The interpreter has just loaded a segment register of ring 0: lets trampolines load the same selector.
