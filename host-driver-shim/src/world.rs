@@ -179,7 +179,29 @@ pub struct DeliveryRules {
     pub user_ss_host: u32,
 }
 
-/// A run of pages a world mapped by itself, with the leaf rights used. Unchecked: it is what the world says.
+/// A site whose `invlpg [base + displacement]` a world may do by itself when its trampoline leaves by the gate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Quick {
+    /// The reason word; 0: no entry.
+    pub reason: u32,
+    /// Number of the base register in encoding order, 0..=7.
+    pub base: u32,
+    /// Added to it.
+    pub displacement: u32,
+    /// Number of the segment register in encoding order, 0..=5: it is flat while the guest sees this selector in it.
+    pub segment: u32,
+    /// That selector.
+    pub selector: u32,
+    /// The world EIP behind the instruction.
+    pub resume: u32,
+}
+
+/// How many [`Quick`] sites a world knows.
+pub const QUICK_SITES: usize = 16;
+
+/// A run of pages a world mapped by itself, with the leaf rights used; no pages: it has followed an `invlpg` there.
+/// Unchecked: it is what the world says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fill {
     /// First page in the world.
@@ -237,6 +259,14 @@ pub trait World {
     fn faults_delivered(&self) -> u32 {
         0
     }
+    /// The sites a world may do by itself from the next run on.
+    fn set_quick(&mut self, _table: &[Quick; QUICK_SITES]) {}
+    /// How many of those instructions the world says it has done, ever (wraps).
+    fn quick_done(&self) -> u32 {
+        0
+    }
+    /// Something of a large guest page is mapped around this guest linear address: `invlpg` there is for the monitor.
+    fn mark_large(&mut self, _lin: u32) {}
     /// Hands over, in order, what the world has mapped by itself since the last call, and yields how many faults that
     /// answered.
     fn take_fills(&mut self, _each: &mut dyn FnMut(Fill)) -> u32 {

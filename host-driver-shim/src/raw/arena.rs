@@ -10,8 +10,9 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::fill::FillArea;
+use super::rc_quick::QUICK;
 use crate::shared::{SharedMap, copy};
-use crate::world::{DeliveryRules, HwRegs};
+use crate::world::{DeliveryRules, HwRegs, Quick};
 
 /// Where the runtime maps the arena in a world: fixed, so that assembly can name it.
 pub(crate) const ARENA_VA: u64 = 0x1000_0000_0000;
@@ -150,6 +151,7 @@ pub(crate) struct Arena {
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
     pub(crate) delivery: DeliveryRules,
+    pub(crate) quick: [Quick; QUICK],
     pub(crate) fill: FillArea,
     /// While a fault answered in the world is returned from: the `ucontext_t` of its signal frame.
     pub(crate) returning: AtomicU64,

@@ -12,7 +12,8 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::arena::{Arena, ArenaMap};
-use crate::world::{DeliveryRules, Fill, FillRules, WorldLin};
+use super::rc_quick::QUICK;
+use crate::world::{DeliveryRules, Fill, FillRules, Quick, WorldLin};
 
 /// Pages of a world.
 const PAGES: u32 = 1 << 20;
@@ -34,12 +35,40 @@ pub(crate) struct Note {
     pub(crate) rights: AtomicU32,
 }
 
+impl Note {
+    /// A note that is not in the log.
+    pub(crate) fn of(page: u32, pages: u32, pfn: u32, rights: u32) -> Note {
+        Note { page: page.into(), pages: pages.into(), pfn: pfn.into(), rights: rights.into() }
+    }
+}
+
+/// Appends to the log; false if it is full.
+pub(crate) fn note(area: &FillArea, what: &Note) -> bool {
+    let n = area.noted.load(Relaxed);
+    let Some(note) = area.log.get(n as usize) else { return false };
+    let pairs = [
+        (&note.page, &what.page),
+        (&note.pages, &what.pages),
+        (&note.pfn, &what.pfn),
+        (&note.rights, &what.rights),
+    ];
+    for (to, from) in pairs {
+        to.store(from.load(Relaxed), Relaxed);
+    }
+    area.noted.store(n.wrapping_add(1), Relaxed);
+    true
+}
+
 /// The part of the arena that is about filling.
 #[repr(C, align(4096))]
 pub(crate) struct FillArea {
     pub(crate) present: Bitmap,
     pub(crate) foreign: Bitmap,
     pub(crate) rules: FillRules,
+    /// A bit for each 2 MiB of guest linear space in which something of a large page was mapped, ever.
+    pub(crate) large: [AtomicU32; 64],
+    /// How many instructions of the quick table were done, ever (wraps).
+    pub(crate) quick_done: AtomicU32,
     /// Set-up: size of guest RAM in pages.
     pub(crate) ram_pages: AtomicU32,
     /// How many notes there are.
@@ -128,6 +157,26 @@ impl ArenaMap {
     pub(crate) fn set_ram_pages(&self, pages: u32) {
         self.fill_word(offset_of!(FillArea, ram_pages)).store(pages, Relaxed);
         self.fill_word(offset_of!(FillArea, last)).store(NO_FAULT, Relaxed);
+    }
+
+    /// Something of a large page is mapped around this guest linear address.
+    pub(crate) fn mark_large(&self, lin: u32) {
+        let word = self.fill_word(offset_of!(FillArea, large) + (lin >> 26) as usize * 4);
+        word.fetch_or(1 << (lin >> 21 & 31), Relaxed);
+    }
+
+    pub(crate) fn set_quick(&self, table: &[Quick; QUICK]) {
+        let at = offset_of!(Arena, quick);
+        // SAFETY: both sides are one such table; the destination is inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy((&raw const *table).cast(), to, size_of::<[Quick; QUICK]>());
+        }
+    }
+
+    /// How many instructions of the quick table the world says it has done, ever.
+    pub(crate) fn quick_done(&self) -> u32 {
+        self.fill_word(offset_of!(FillArea, quick_done)).load(Relaxed)
     }
 
     pub(crate) fn set_delivery_rules(&self, rules: &DeliveryRules) {

@@ -17,6 +17,7 @@ mod jail;
 mod rc;
 pub mod rc_deliver;
 mod rc_fill;
+mod rc_quick;
 pub mod rc_walk;
 mod signal;
 mod spawn;
@@ -29,8 +30,8 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit,
-    WorldLin,
+    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
+    WorldError, WorldExit, WorldLin,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
@@ -479,6 +480,18 @@ impl World for RawWorld {
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
         self.process.arena.set_fill_rules(rules);
+    }
+
+    fn set_quick(&mut self, table: &[Quick; QUICK_SITES]) {
+        self.process.arena.set_quick(table);
+    }
+
+    fn quick_done(&self) -> u32 {
+        self.process.arena.quick_done()
+    }
+
+    fn mark_large(&mut self, lin: u32) {
+        self.process.arena.mark_large(lin);
     }
 
     fn set_delivery_rules(&mut self, rules: &DeliveryRules) {

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
 use super::entry::subring_rc_resume;
 use super::fill::NO_FAULT;
+use super::rc_quick;
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -56,6 +57,11 @@ pub(crate) fn die(code: i32) -> ! {
 /// Entered by assembly on a fresh stack, never returns.
 pub(crate) unsafe extern "C" fn serve() -> ! {
     let a = arena();
+    // SAFETY: in a world the arena is mapped at `a`; if the gate brought us here, it has saved the registers.
+    if unsafe { rc_quick::answer(a) } {
+        // SAFETY: we are in a world on the runtime's stack.
+        unsafe { subring_rc_resume() };
+    }
     loop {
         // SAFETY: in a world the arena is mapped at `a` for the process's whole life; its words are atomics.
         let turn = unsafe { &(*a).turn };
@@ -119,6 +125,12 @@ pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
     unsafe { syscall(libc::SYS_mmap, at, len, prot, flags as u64, fd, offset) }.min(0)
 }
 
+/// Removes what is mapped in `len` bytes at `at`; negative: the errno.
+pub(crate) fn unmap(at: u32, len: u32) -> i64 {
+    // SAFETY: removes guest mappings below 4 GiB only (the jail enforces it).
+    unsafe { syscall(libc::SYS_munmap, u64::from(at), u64::from(len), 0, 0, 0, 0) }
+}
+
 fn perform(c: &Command) -> i64 {
     let (at, len) = (u64::from(c.a), u64::from(c.b));
     match c.op {
@@ -131,8 +143,7 @@ fn perform(c: &Command) -> i64 {
             let high = unsafe { syscall(libc::SYS_munmap, HALF, HALF, 0, 0, 0, 0) };
             low.min(high)
         }
-        // SAFETY: removes guest mappings below 4 GiB only (the jail enforces it).
-        op::UNMAP => unsafe { syscall(libc::SYS_munmap, at, len, 0, 0, 0, 0) },
+        op::UNMAP => unmap(c.a, c.b),
         // SAFETY: changes guest mappings below 4 GiB only (the jail enforces it).
         op::PROTECT => unsafe { syscall(libc::SYS_mprotect, at, len, u64::from(c.c), 0, 0, 0) },
         op::SEGMENT => {

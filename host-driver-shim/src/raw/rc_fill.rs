@@ -122,7 +122,8 @@ unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
     let (present, foreign, last, answered) =
         unsafe { (&(*area).present, &(*area).foreign, &(*area).last, &(*area).answered) };
     // SAFETY: as above.
-    let (log, noted, ram_pages) = unsafe { (&(*area).log, &(*area).noted, (*area).ram_pages.load(Relaxed)) };
+    let (log, noted, large_regions, ram_pages) =
+        unsafe { (&(*area).log, &(*area).noted, &(*area).large, (*area).ram_pages.load(Relaxed)) };
     let write = error & PF_WRITE != 0;
     // The same fault again: the host does not do what we think. The monitor knows more.
     let this = cr2 & !0xfff | u32::from(write) << 1;
@@ -152,6 +153,9 @@ unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
     let delta_pages = rules.delta >> 12;
     if large && place.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
         return false;
+    }
+    if large && let Some(w) = large_regions.get((lin >> 26) as usize) {
+        w.store(w.load(Relaxed) | 1 << (lin >> 21 & 31), Relaxed);
     }
     let mut runs = Runs { log, noted, present, run: None };
     let mut fine = runs.have_room();

@@ -635,6 +635,7 @@ impl Em {
             }
             self.account.set_inline("shadow fill, in the world", raw.filled_in_worlds());
             self.account.set_inline("page fault to the guest, in the world", raw.delivered_in_worlds());
+            self.account.set_inline("invlpg, in the world", raw.done_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
                 let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();

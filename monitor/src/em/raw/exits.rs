@@ -54,8 +54,12 @@ impl RawEngine {
                     ReasonKind::PendingAfterSti | ReasonKind::PendingAfterPopf => site.next().0,
                     ReasonKind::PendingAfterIret => world.vcpu_read(vp::SCRATCH_TARGET),
                 };
-                if kind == ReasonKind::Emulate && site.kind == csam::SensitiveKind::Iret {
+                let (sensitive, at) = (site.kind, site.at);
+                if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Iret {
                     self.retract_transitions(number);
+                }
+                if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Invlpg {
+                    self.learn_quick(cpu, m, reason, at);
                 }
                 origin = Origin::Gate(kind);
             }

@@ -2,12 +2,13 @@
 
 use super::layout::{Layout, TRAMP_LEN, USER_TRAMP_LEN};
 use super::space::{Role, Space};
+use super::*;
 use crate::cpum::{CpuState, cr0, cr4, efer};
 use crate::pgm::shadow::Entry;
 use crate::pgm::walk::Leaf;
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::raw::rc_walk::right;
-use host_driver_shim::world::{Fill, FillMode, FillRules, WorldError};
+use host_driver_shim::world::{Fill, FillMode, FillRules, Quick, WorldError};
 
 /// The longest run a world can have mapped: a large page's worth.
 const MAX_RUN: u32 = 512;
@@ -76,9 +77,18 @@ impl Space {
 
     /// Enters in the shadow what the world says it mapped in the run that just ended. A lie is believed as far as it is
     /// possible at all: it spoils the guest's own memory and nothing else.
-    pub fn take_fills(&mut self, layout: &Layout, frames: u32) -> Result<(), WorldError> {
+    ///
+    /// Returns the pages for which it has followed an `invlpg`.
+    pub fn take_fills(&mut self, layout: &Layout, frames: u32) -> Result<Vec<GuestLin>, WorldError> {
         let data = &mut self.data;
+        let mut flushed = Vec::new();
         let answered = self.world.take_fills(&mut |fill| {
+            if fill.pages == 0 {
+                let lin = layout.guest_of_data(fill.at);
+                data.clear(lin);
+                flushed.push(lin);
+                return;
+            }
             let Some((lin, leaf)) = checked(&fill, layout, frames) else { return };
             let host_write = fill.rights & right::HOST_WRITE != 0;
             for i in 0..fill.pages {
@@ -87,7 +97,84 @@ impl Space {
             }
         });
         self.filled += u64::from(answered);
-        self.limit_mappings(layout)
+        self.limit_mappings(layout)?;
+        Ok(flushed)
+    }
+}
+
+impl RawEngine {
+    /// A world has followed an `invlpg` of the guest in its own mappings; now the others.
+    pub(super) fn follow_flushes(
+        &mut self,
+        place: Place,
+        cpu: &CpuState,
+        pages: &[GuestLin],
+    ) -> Result<(), RawError> {
+        let layout = self.layout;
+        for &lin in pages {
+            for (i, space) in self.kernels.iter_mut().enumerate() {
+                if Place::Kernel(i) != place && space.data.get(lin).global() {
+                    space.invalidate(lin, &layout)?;
+                }
+            }
+            for space in &mut self.users {
+                if space.role == (Role::User { cr3: cpu.cr3 }) || space.data.get(lin).global() {
+                    space.invalidate(lin, &layout)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A site whose trampoline has left by the gate: if it is a plain `invlpg`, worlds may do it themselves from now on.
+    pub(super) fn learn_quick(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
+        let Ok(i) = crate::interp::fetch_decode(cpu, m) else { return };
+        let plain = i.code() == iced_x86::Code::Invlpg_m
+            && i.memory_base().is_gpr32()
+            && i.memory_index() == iced_x86::Register::None;
+        let segment = match i.memory_segment() {
+            iced_x86::Register::DS => seg::DS,
+            iced_x86::Register::SS => seg::SS,
+            _ => return,
+        };
+        if !plain || !cpu.seg[segment].is_flat() || self.quick.iter().any(|q| q.reason == reason) {
+            return;
+        }
+        let next = at.0.wrapping_add(i.len() as u32);
+        let quick = Quick {
+            reason,
+            base: i.memory_base().number() as u32,
+            displacement: i.memory_displacement32(),
+            segment: segment as u32,
+            selector: u32::from(cpu.seg[segment].selector),
+            resume: self.kernel_code.patm.resume_eip(next),
+        };
+        if self.quick_changes != self.kernel_code.changes {
+            self.forget_quick();
+        }
+        if let Some(slot) = self.quick.iter_mut().find(|q| q.reason == 0) {
+            *slot = quick;
+            self.quick_version += 1;
+        }
+    }
+
+    /// Patches have changed: where the sites go on is not known any more.
+    fn forget_quick(&mut self) {
+        self.quick = Default::default();
+        self.quick_changes = self.kernel_code.changes;
+        self.quick_version += 1;
+    }
+
+    /// Tells a world what it may do by itself.
+    pub(super) fn publish_quick(&mut self, number: usize) {
+        if self.quick_changes != self.kernel_code.changes {
+            self.forget_quick();
+        }
+        let space = &mut self.kernels[number];
+        if space.quick_version != self.quick_version {
+            space.quick_version = self.quick_version;
+            space.world.set_quick(&self.quick);
+        }
     }
 }
 

@@ -71,6 +71,8 @@ pub struct KernelCode {
     /// Counters.
     pub counts: Counts,
     next_limit: HashMap<u32, u32>,
+    /// Counts changes of patches.
+    pub changes: u64,
     /// How often each trap byte was hit.
     traps: HashMap<u32, u32>,
 }
@@ -142,6 +144,7 @@ impl KernelCode {
             refusals: Vec::new(),
             counts: Counts::default(),
             next_limit: HashMap::new(),
+            changes: 0,
             traps: HashMap::new(),
         }
     }
@@ -164,9 +167,9 @@ impl KernelCode {
         for (_, offset) in self.trampolines.drain() {
             code.free(offset);
         }
-        let counts = self.counts;
+        let (counts, changes) = (self.counts, self.changes + 1);
         *self = KernelCode::new(layout, self.count_inline);
-        self.counts = counts;
+        (self.counts, self.changes) = (counts, changes);
     }
 
     /// The code view's bytes beside the original's, for debugging.
@@ -287,6 +290,7 @@ impl KernelCode {
     fn undo_in(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) -> BTreeSet<GuestLin> {
         let mut sites = BTreeSet::new();
         for patch in self.patm.undo_overlapping(lo, hi) {
+            self.changes += 1;
             self.counts.undone += 1;
             sites.extend(patch.sites.iter().map(|s| s.at));
             if let Some(t) = &patch.trampoline {
@@ -426,6 +430,7 @@ impl KernelCode {
     }
 
     fn install(&mut self, code: &CodeMemory, id: PatchId) {
+        self.changes += 1;
         let Some(patch) = self.patm.get(id) else { return };
         if log::log_enabled!(target: "patches", log::Level::Trace) {
             log::trace!(target: "patches", "{}", describe(patch));

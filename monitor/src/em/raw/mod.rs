@@ -32,7 +32,9 @@ use csam::{GuestLin, GuestPhys};
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::raw;
 use host_driver_shim::tsc::read as host_tsc;
-use host_driver_shim::world::{Backing, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin};
+use host_driver_shim::world::{
+    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
+};
 pub use joint::Isolation;
 use kernel_code::KernelCode;
 use layout::Layout;
@@ -255,6 +257,10 @@ pub struct RawEngine {
     pub joint_code: UserCode,
     count_inline: bool,
     transitions: Transitions,
+    /// Instructions worlds may do by themselves; the version of the table, and of the patches it was made for.
+    quick: [Quick; QUICK_SITES],
+    quick_version: u64,
+    quick_changes: u64,
     /// The stack segment with which ring 0 begins after a system call done in line.
     entry_ss: Segment,
     segment_cache: Vec<CacheSlot>,
@@ -311,6 +317,9 @@ impl RawEngine {
             joint_code: UserCode::patching(&layout, count_inline),
             count_inline,
             transitions: Transitions::default(),
+            quick: Default::default(),
+            quick_version: 0,
+            quick_changes: 0,
             entry_ss: Segment::default(),
             segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| CacheSlot::default()).collect(),
             cache_version: 0,
@@ -405,6 +414,12 @@ impl RawEngine {
     #[must_use]
     pub fn delivered_in_worlds(&self) -> u64 {
         self.kernels.iter().map(|s| u64::from(s.world.faults_delivered())).sum()
+    }
+
+    /// Sensitive instructions worlds have done by themselves behind the gate.
+    #[must_use]
+    pub fn done_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.quick_done())).sum()
     }
 
     /// Why the CPU's state is not for raw mode, if it is not.
@@ -523,8 +538,9 @@ impl RawEngine {
         let entered = host_tsc();
         let exit = space.run(&mut regs);
         let left = host_tsc();
-        space.take_fills(&layout, m.frames())?;
+        let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
+        self.follow_flushes(place, cpu, &flushed)?;
         let exit = match exit {
             Ok(exit) => exit,
             Err(WorldError::BadState(why)) => {
@@ -578,6 +594,7 @@ impl RawEngine {
         }
         self.publish_segment_cache(number)?;
         self.publish_transitions(number, cpu, m)?;
+        self.publish_quick(number);
         let w = &mut self.kernels[number].world;
         w.vcpu_write(vp::CPL, u32::from(cpu.cpl));
         w.vcpu_write(vp::IF_FLAG, cpu.eflags & eflags::IF);

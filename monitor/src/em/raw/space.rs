@@ -155,6 +155,8 @@ pub struct Space {
     pub published: Option<Published>,
     /// The version of the segment cache its vCPU page has.
     pub cache_version: u64,
+    /// The version of the table of quick sites it has.
+    pub quick_version: u64,
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
     installed: Vec<u64>,
     installed_generation: u32,
@@ -178,6 +180,7 @@ impl Space {
             tainted: false,
             published: None,
             cache_version: 0,
+            quick_version: 0,
             installed: Vec::new(),
             installed_generation: 0,
             fill_rules: None,
@@ -279,6 +282,9 @@ impl Space {
     ) -> Result<(), WorldError> {
         let Some(first) = leaves.first() else { return Ok(()) };
         self.limit_mappings(layout)?;
+        if first.shift > 12 {
+            self.world.mark_large(lin.0);
+        }
         let prot = if host_write { Prot::READ | Prot::WRITE } else { Prot::READ };
         self.world.map(
             layout.data(lin.page_base()),
