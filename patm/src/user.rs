@@ -61,7 +61,8 @@ impl UserPatch {
 #[derive(Debug)]
 pub struct UserPatcher {
     config: Config,
-    memory: Allocator,
+    /// Trampoline regions, the one of `config` first.
+    memory: Vec<Allocator>,
     patches: BTreeMap<u32, UserPatch>,
     /// By page and start of the window. Windows in one page never overlap.
     by_start: BTreeMap<(u64, u32), u32>,
@@ -75,11 +76,25 @@ impl UserPatcher {
     pub fn new(config: Config) -> Self {
         Self {
             config,
-            memory: Allocator::new(config.tramp_base, config.tramp_len),
+            memory: Vec::from([Allocator::new(config.tramp_base, config.tramp_len)]),
             patches: BTreeMap::new(),
             by_start: BTreeMap::new(),
             by_trampoline: BTreeMap::new(),
             next: USER_SITES,
+        }
+    }
+
+    /// One more trampoline region. The distance from the code decides which of a jump's displacement bytes can trap
+    /// ([`crate::good_bases`]); ring-3 code lies in several places.
+    #[must_use]
+    pub fn with_region(mut self, base: u32, len: u32) -> Self {
+        self.memory.push(Allocator::new(base, len));
+        self
+    }
+
+    fn free_memory(&mut self, at: u32) {
+        if let Some(memory) = self.memory.iter_mut().find(|m| m.contains(at)) {
+            memory.free(at);
         }
     }
 
@@ -159,9 +174,11 @@ impl UserPatcher {
             trapping.0 |= 1 << (offset - 1);
         }
         let jump_end = start.wrapping_add(5);
-        let at = self.memory.allocate(e.len(), jump_end, trapping).ok_or(Refusal::NoPlace)?;
+        let len = e.len();
+        let place = |m: &mut Allocator| m.allocate(len, jump_end, trapping);
+        let at = self.memory.iter_mut().find_map(place).ok_or(Refusal::NoPlace)?;
         let Some((code, map)) = e.finish(at) else {
-            self.memory.free(at);
+            self.free_memory(at);
             return Err(Refusal::NotDisplaceable);
         };
         let mut bytes = jump(jump_end, at).to_vec();
@@ -226,7 +243,7 @@ impl UserPatcher {
     /// Is `eip` in trampoline memory?
     #[must_use]
     pub fn owns(&self, eip: u32) -> bool {
-        self.memory.contains(eip)
+        self.memory.iter().any(|m| m.contains(eip))
     }
 
     /// Whose reason word this is: its `int n` is still to be done, at CPL 3 and with EIP at the site. The state is exact.
@@ -240,10 +257,11 @@ impl UserPatcher {
     pub fn remove(&mut self, key: u64) -> Vec<UserPatch> {
         let ids: Vec<u32> = self.by_start.range((key, 0)..=(key, u32::MAX)).map(|(_, &id)| id).collect();
         let mut removed = Vec::new();
-        for patch in ids.into_iter().filter_map(|id| self.patches.remove(&id)) {
+        for id in ids {
+            let Some(patch) = self.patches.remove(&id) else { continue };
             self.by_start.remove(&(patch.key, patch.start.0));
             self.by_trampoline.remove(&patch.trampoline.at);
-            self.memory.free(patch.trampoline.at);
+            self.free_memory(patch.trampoline.at);
             removed.push(patch);
         }
         removed
@@ -257,6 +275,6 @@ impl UserPatcher {
     /// First EIPs of the trampoline pages that need memory. Only grows.
     #[must_use]
     pub fn trampoline_pages(&self) -> BTreeSet<u32> {
-        self.memory.pages()
+        self.memory.iter().flat_map(Allocator::pages).collect()
     }
 }

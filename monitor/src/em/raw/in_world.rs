@@ -1,6 +1,6 @@
 //! Shadow misses that worlds fill by themselves: telling them how, and taking over what they did.
 
-use super::layout::{Layout, TRAMP_LEN, USER_TRAMP_LEN};
+use super::layout::{Layout, TRAMP_LEN, USER_TRAMP_LEN, USER_TRAMPS};
 use super::space::{Role, Space};
 use super::*;
 use crate::cpum::{CpuState, cr0, cr4, efer};
@@ -31,6 +31,9 @@ fn rules(cpu: &CpuState, role: Role, layout: &Layout, user_cs: u16, boundary: Op
         keep_out[0] = (page(layout.vcpu), 1);
         keep_out[1] = (page(layout.gate), 1);
         keep_out[2] = (tramp, (USER_TRAMP_LEN + TRAMP_LEN) >> 12);
+        for (slot, base) in keep_out[3..].iter_mut().zip(USER_TRAMPS) {
+            *slot = (layout.code(GuestLin(base)).0 >> 12, USER_TRAMP_LEN >> 12);
+        }
     }
     let users_below = if user_cs == 0 { 0 } else { boundary.unwrap_or(0) };
     FillRules {

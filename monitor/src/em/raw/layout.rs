@@ -25,6 +25,9 @@ pub struct Layout {
 pub const TRAMP_LEN: u32 = 16 << 20;
 /// Bytes reserved for trampolines of ring-3 code, right in front of them.
 pub const USER_TRAMP_LEN: u32 = 2 << 20;
+/// More places for those: code addresses from which a jump's highest displacement byte traps in code at 08xxxxxx (fixed
+/// executables), 56xxxxxx (position-independent ones) and b7xxxxxx (libraries), where Linux puts them.
+pub const USER_TRAMPS: [u32; 3] = [0x7600_0000, 0x3c00_0000, 0xa500_0000];
 
 impl Layout {
     /// The arrangements tried in turn when one collides with what the guest maps. The first suits the usual 3:1 split:
@@ -95,11 +98,12 @@ impl Layout {
     #[must_use]
     pub fn in_trampolines(&self, lin: GuestLin) -> bool {
         lin.0.wrapping_sub(self.user_tramp()) < USER_TRAMP_LEN + TRAMP_LEN
+            || USER_TRAMPS.iter().any(|base| lin.0.wrapping_sub(*base) < USER_TRAMP_LEN)
     }
     /// `lin` as data lies where the trampolines are.
     #[must_use]
     pub fn behind_trampolines(&self, lin: GuestLin) -> bool {
-        lin.0.wrapping_sub(self.tramp_as_data()) < USER_TRAMP_LEN + TRAMP_LEN
+        self.in_trampolines(self.code_in_place_of(lin))
     }
     /// A data access at `lin` would hit the vCPU page, the gate or the trampolines.
     #[must_use]

@@ -11,7 +11,7 @@
 //! before is copied as well.
 
 use super::kernel_code::{UNSCANNED, put};
-use super::layout::{Layout, USER_TRAMP_LEN};
+use super::layout::{Layout, USER_TRAMP_LEN, USER_TRAMPS};
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
@@ -127,12 +127,15 @@ impl UserCode {
     /// For joint worlds with this layout.
     #[must_use]
     pub fn patching(layout: &Layout, count_inline: bool) -> UserCode {
-        let patcher = UserPatcher::new(Config {
+        let mut patcher = UserPatcher::new(Config {
             tramp_base: layout.user_tramp(),
             tramp_len: USER_TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
         });
+        for base in USER_TRAMPS {
+            patcher = patcher.with_region(base, USER_TRAMP_LEN);
+        }
         UserCode { patcher: Some(patcher), ..UserCode::default() }
     }
 
