@@ -170,6 +170,10 @@ pub(crate) fn window(
         if !matches!(insn.class(), Class::Sensitive(_)) && !can_displace(&insn) {
             return Err(Refusal::NotDisplaceable);
         }
+        if insns.last().is_some_and(|i| i.instr.code() == Code::Hlt) {
+            // The interrupt that ends it returns right behind it: that is no place for the inside of a window.
+            return Err(Refusal::BranchTarget);
+        }
         at = insn.next();
         insns.push(insn);
         if at.wrapping_sub(start) > MAX_LEN {

@@ -142,7 +142,7 @@ impl RawEngine {
             expected[i] = word(self, vp::HOST_RING3, i);
             // What trampolines loaded since the world was entered.
             let (selector, full) = (word(self, vp::SELECTORS, i), word(self, vp::HOST_RING0, i));
-            if let Some(segment) = self.segment_loaded(cpu.seg[i], selector, full) {
+            if let Some(segment) = self.segment_loaded(number, cpu.seg[i], selector, full) {
                 cpu.seg[i] = segment;
             } else if selm::load_segment(cpu, m, i, selector).is_err() {
                 cpu.seg[i] = Segment { selector, ..Segment::default() };
@@ -212,7 +212,7 @@ impl RawEngine {
             }
             if selector & !3 == 0 && i != seg::SS {
                 cpu.seg[i] = Segment { selector, ..Segment::default() };
-            } else if let Some(segment) = self.segment_loaded(cpu.seg[i], selector, regs.sel[i]) {
+            } else if let Some(segment) = self.segment_loaded(number, cpu.seg[i], selector, regs.sel[i]) {
                 cpu.seg[i] = segment;
             } else if selector != cpu.seg[i].selector {
                 // Not what any trampoline of ours does: ask the guest's tables.

@@ -83,6 +83,8 @@ impl RawEngine {
                     let i = self.kernels.len() - 1;
                     self.furnish(i)?;
                     self.show_known_code(i)?;
+                    let latest = (0..i).max_by_key(|&i| self.kernels[i].last_used).unwrap_or(0);
+                    self.kernels[i].cache = self.kernels[latest].cache.for_new_world();
                     i
                 } else {
                     (0..self.kernels.len()).min_by_key(|&i| self.kernels[i].last_used).unwrap_or(0)

@@ -189,23 +189,6 @@ impl KickTarget {
     }
 }
 
-/// An entry of the segment cache of all vCPU pages, as it was last changed.
-#[derive(Default)]
-struct CacheSlot {
-    version: u64,
-    entry: Option<CachedSegment>,
-}
-
-struct CachedSegment {
-    segment: Segment,
-    /// Host selector for ring 0.
-    host: u16,
-    /// Host selector for ring 3 of a joint world; 0: ring 3 may not have it.
-    host_ring3: u16,
-    /// The guest's descriptor, low and high half.
-    bytes: [u32; 2],
-}
-
 /// Names a space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Place {
@@ -263,9 +246,6 @@ pub struct RawEngine {
     quick_changes: u64,
     /// The stack segment with which ring 0 begins after a system call done in line.
     entry_ss: Segment,
-    segment_cache: Vec<CacheSlot>,
-    cache_version: u64,
-    cache_generation: u32,
     kick: Arc<KickTarget>,
     kicking: Option<Place>,
     paging_key: u32,
@@ -321,9 +301,6 @@ impl RawEngine {
             quick_version: 0,
             quick_changes: 0,
             entry_ss: Segment::default(),
-            segment_cache: (0..vp::SEGMENT_CACHE_LEN).map(|_| CacheSlot::default()).collect(),
-            cache_version: 0,
-            cache_generation: 0,
             kick: Arc::default(),
             kicking: None,
             paging_key: 0,

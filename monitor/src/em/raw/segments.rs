@@ -4,6 +4,60 @@
 use super::*;
 use host_driver_shim::world::{DeliveryRules, Table};
 
+/// A segment trampolines may load.
+#[derive(Clone, Copy)]
+pub(super) struct CachedSegment {
+    segment: Segment,
+    /// Host selector for ring 0.
+    host: u16,
+    /// Host selector for ring 3 of a joint world; 0: ring 3 may not have it.
+    host_ring3: u16,
+    /// The guest's descriptor, low and high half.
+    bytes: [u32; 2],
+}
+
+/// The segment cache of one vCPU page. Each world has its own: thread-local storage has the same selector in every
+/// process and another descriptor in each.
+#[derive(Clone)]
+pub struct SegmentCache {
+    entries: Vec<Option<CachedSegment>>,
+    /// Entries the vCPU page does not have yet.
+    changed: Vec<u8>,
+    /// Generation of the host selectors in it.
+    generation: u32,
+}
+
+impl Default for SegmentCache {
+    fn default() -> Self {
+        SegmentCache {
+            entries: vec![None; vp::SEGMENT_CACHE_LEN as usize],
+            changed: Vec::new(),
+            generation: 0,
+        }
+    }
+}
+
+impl SegmentCache {
+    fn set(&mut self, index: usize, entry: CachedSegment) {
+        self.entries[index] = Some(entry);
+        self.changed.push(index as u8);
+    }
+
+    fn forget(&mut self) {
+        for (i, entry) in self.entries.iter_mut().enumerate() {
+            if entry.take().is_some() {
+                self.changed.push(i as u8);
+            }
+        }
+    }
+
+    /// The same for the vCPU page of a new world.
+    pub(super) fn for_new_world(&self) -> SegmentCache {
+        let changed = (0..self.entries.len() as u8).filter(|i| self.entries[usize::from(*i)].is_some()).collect();
+        SegmentCache { changed, ..self.clone() }
+    }
+}
+
 /// What is known of the guest's ring transitions: the segments its rings run with and the vector of its system calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Transitions {
@@ -81,30 +135,21 @@ const RF: u32 = 1 << 16;
 
 impl RawEngine {
     pub(super) fn forget_segment_cache(&mut self) {
-        self.cache_version += 1;
-        for slot in &mut self.segment_cache {
-            if slot.entry.take().is_some() {
-                slot.version = self.cache_version;
-            }
+        for space in &mut self.kernels {
+            space.cache.forget();
         }
-        self.cache_generation = self.descriptors.generation;
     }
 
     /// Brings the segment cache in a ring-0 world's vCPU page up to date.
     pub(super) fn publish_segment_cache(&mut self, number: usize) -> Result<(), WorldError> {
-        if self.cache_generation != self.descriptors.generation {
-            self.forget_segment_cache();
-        }
         let space = &mut self.kernels[number];
-        if space.cache_version == self.cache_version {
-            return Ok(());
+        if space.cache.generation != self.descriptors.generation {
+            space.cache.forget();
+            space.cache.generation = self.descriptors.generation;
         }
-        for (i, slot) in self.segment_cache.iter().enumerate() {
-            if slot.version <= space.cache_version {
-                continue;
-            }
-            let base = vp::SEGMENT_CACHE + 16 * i as u32;
-            let Some(c) = &slot.entry else {
+        while let Some(i) = space.cache.changed.pop() {
+            let base = vp::SEGMENT_CACHE + 16 * u32::from(i);
+            let Some(c) = space.cache.entries[usize::from(i)] else {
                 space.world.vcpu_write(base + 12, 0);
                 continue;
             };
@@ -116,7 +161,6 @@ impl RawEngine {
             w.vcpu_write(base + 8, u32::from(c.host));
             w.vcpu_write(base + 12, 1 | u32::from(c.host_ring3) << 16);
         }
-        space.cache_version = self.cache_version;
         Ok(())
     }
 
@@ -339,7 +383,7 @@ impl RawEngine {
         let index = usize::from(s.selector >> 3);
         if s.selector & 4 != 0
             || index == 0
-            || index >= self.segment_cache.len()
+            || index >= vp::SEGMENT_CACHE_LEN as usize
             || !s.present()
             || s.attr.contains(SegAttr::CODE)
             || index * 8 + 7 > usize::from(cpu.gdtr.limit)
@@ -354,17 +398,14 @@ impl RawEngine {
         let layout = self.layout;
         let host = self.descriptors.selector(&s, false, &layout, None);
         let host_ring3 = self.ring3_selector(&s);
-        if self.cache_generation != self.descriptors.generation {
-            self.forget_segment_cache();
-            return;
-        }
         let [a, b, c, d, e, f, g, h] = bytes;
         let bytes = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])];
-        self.cache_version += 1;
-        self.segment_cache[index] = CacheSlot {
-            version: self.cache_version,
-            entry: Some(CachedSegment { segment: s, host, host_ring3, bytes }),
-        };
+        let role = Role::Joint { cr3: cpu.cr3 };
+        let number = self.kernels.iter().position(|s| s.role == role).unwrap_or(0);
+        let cache = &mut self.kernels[number].cache;
+        if cache.generation == self.descriptors.generation {
+            cache.set(index, CachedSegment { segment: s, host, host_ring3, bytes });
+        }
     }
 
     /// The host selector with which ring 3 may use a data segment in a joint world; 0: it may not.
@@ -378,7 +419,13 @@ impl RawEngine {
     }
 
     /// The segment behind a selector a trampoline may have loaded, if the hardware holds what it stands for.
-    pub(super) fn segment_loaded(&mut self, old: Segment, selector: u16, host: u16) -> Option<Segment> {
+    pub(super) fn segment_loaded(
+        &mut self,
+        number: usize,
+        old: Segment,
+        selector: u16,
+        host: u16,
+    ) -> Option<Segment> {
         if selector == old.selector
             && (self.descriptors.selector(&old, false, &self.layout, None) == host
                 || host == self.ring3_selector(&old))
@@ -388,7 +435,8 @@ impl RawEngine {
         if selector & !3 == 0 && host & !3 == 0 {
             return Some(Segment { selector, ..Segment::default() });
         }
-        let cached = self.segment_cache.get(usize::from(selector >> 3)).and_then(|s| s.entry.as_ref());
+        let entries = &self.kernels[number].cache.entries;
+        let cached = entries.get(usize::from(selector >> 3)).and_then(Option::as_ref);
         match cached {
             Some(c) if selector & 4 == 0 && (c.host == host || c.host_ring3 == host) => {
                 Some(Segment { selector, ..c.segment })

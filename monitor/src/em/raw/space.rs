@@ -1,7 +1,7 @@
 //! One world with what the monitor knows of it: both shadow views and the descriptors installed.
 
 use super::layout::Layout;
-use super::segments::Published;
+use super::segments::{Published, SegmentCache};
 use crate::cpum::CpuState;
 use crate::cpum::{SegAttr, Segment, seg};
 use crate::machine::Machine;
@@ -153,8 +153,8 @@ pub struct Space {
     pub tainted: bool,
     /// What its vCPU page says of ring transitions.
     pub published: Option<Published>,
-    /// The version of the segment cache its vCPU page has.
-    pub cache_version: u64,
+    /// The segments its trampolines may load.
+    pub cache: SegmentCache,
     /// The version of the table of quick sites it has.
     pub quick_version: u64,
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
@@ -179,7 +179,7 @@ impl Space {
             loaded: [0; 6],
             tainted: false,
             published: None,
-            cache_version: 0,
+            cache: SegmentCache::default(),
             quick_version: 0,
             installed: Vec::new(),
             installed_generation: 0,
