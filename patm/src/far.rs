@@ -54,9 +54,11 @@ pub(crate) fn branch(e: &mut Emitter, insn: &Insn, kind: Kind, cx: &Context) -> 
     e.store(page::SCRATCH_TARGET, EAX);
     clean_up(e, kind, cx);
     if matches!(i.code(), Code::Call_ptr1632 | Code::Call_m1632) {
+        // The lower word first, which tells of a missing page as the interpreter does.
+        e.op_parts(&[&[0xc7, 0x44, 0x24, 0xf8], &insn.next().to_le_bytes()]); // mov dword [esp - 8], imm32
         e.page_op(&[0xff], 6, page::SELECTORS + 4 * CS); // push cs
-        e.state.esp_add = 4; // a fault of the second push: the first has not happened
-        e.op_parts(&[&[0x68], &insn.next().to_le_bytes()]); // push imm32
+        e.state.esp_add = 4;
+        e.op(&[0x8d, 0x64, 0x24, 0xfc]); // lea esp, [esp - 4]
         e.state.esp_add = 0;
     }
     go(e);

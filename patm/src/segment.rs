@@ -1,8 +1,8 @@
 //! Instructions about segments: what a trampoline can say from the vCPU page, and loads the segment cache allows.
 //!
 //! A load of SS is done only to a flat, big, writable segment of DPL 0. The one before was flat as well, since ring 0
-//! runs in raw mode only so: ESP means the same with both, and the interrupt shadow behind `mov ss` and `pop ss` (SDM
-//! Vol. 3A, 6.8.3), which keeps an interrupt from coming between the two halves of a stack switch, has nothing to hide.
+//! runs in raw mode only so: ESP means the same with both. The interrupt shadow behind `mov ss` and `pop ss` (SDM Vol.
+//! 3A, 6.8.3) is kept by who delivers interrupts: [`crate::Patm::is_after_sti`] tells where it is.
 
 use crate::emit::{Cond, EAX, ECX, EDX, Emitter, Label};
 use crate::inline::Context;
@@ -136,11 +136,11 @@ pub(crate) fn store_table(e: &mut Emitter, insn: &Insn, base: u32, limit: u32) -
     if memory_op(e, insn, &[], &[0x8d], EAX).is_none() {
         return false; // lea eax, m
     }
-    // The base first: whatever faults, the instruction is done again as a whole.
-    e.load(ECX, base);
-    e.op(&[through, 0x89, 0x48, 0x02]); // mov [eax + 2], ecx
+    // Whatever faults, the instruction is done again as a whole.
     e.load(ECX, limit);
     e.op(&[through, 0x66, 0x89, 0x08]); // mov [eax], cx
+    e.load(ECX, base);
+    e.op(&[through, 0x89, 0x48, 0x02]); // mov [eax + 2], ecx
     e.commit(insn.next());
     e.restore(ECX);
     e.restore(EAX);

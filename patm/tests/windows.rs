@@ -172,6 +172,17 @@ fn an_interrupt_waits_behind_sti() {
 }
 
 #[test]
+fn an_interrupt_waits_behind_a_load_of_ss_too() {
+    // mov ss, eax; pop ss; mov ds, eax; lss esp, [esp]; nop
+    let code = [0x8e, 0xd0, 0x17, 0x8e, 0xd8, 0x0f, 0xb2, 0x24, 0x24, 0x90, 0x90, 0x90, 0x90, 0xc3];
+    let scanned = Scanned::new(&code);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    let after: Vec<u32> = (0..code.len() as u32).filter(|&o| patm.is_after_sti(BASE + o)).collect();
+    assert_eq!(after, [2, 3], "behind mov ss and pop ss, not behind lss");
+}
+
+#[test]
 fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
     let table: &[(&[u8], Route)] = &[
         (&[0xfa], Route::InLine),                           // cli
