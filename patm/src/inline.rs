@@ -6,14 +6,16 @@
 //!
 //! [`Fix`]: crate::map::Fix
 
-use crate::emit::{Cond, EAX, ECX, EDX, ESP, Emitter};
+use crate::emit::{Cond, EAX, ECX, ESP, Emitter};
+use crate::far;
 use crate::insn::Insn;
 use crate::map::{Finish, IF, NATIVE};
+use crate::segment::{self, Kept};
 use crate::transition;
 use crate::vcpu_page as page;
 use crate::{ReasonKind, Route, reason_word};
 use csam::SensitiveKind as Kind;
-use iced_x86::{Code, FlowControl, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{Code, FlowControl, InstructionInfoFactory, OpAccess, Register};
 
 /// EFLAGS bits that must be clear for an `iret` in line: NT, VM, VIF, VIP. For RF see `IRET_REFUSES`.
 pub(crate) const IRET_CLEAR: u32 = 0x4000 | 0x2_0000 | 0x8_0000 | 0x10_0000;
@@ -40,6 +42,20 @@ pub fn counter(kind: Kind) -> u32 {
         Kind::Clts => 11,
         Kind::Verw => 12,
         Kind::Int => 13,
+        Kind::LoadFarPointer => 14,
+        Kind::Verr => 15,
+        Kind::Lar => 16,
+        Kind::Lsl => 17,
+        Kind::Sgdt => 18,
+        Kind::Sidt => 19,
+        Kind::Sldt => 20,
+        Kind::Str => 21,
+        Kind::Smsw => 22,
+        Kind::Wbinvd => 23,
+        Kind::Invd => 24,
+        Kind::FarJump => 25,
+        Kind::FarCall => 26,
+        Kind::FarReturn => 27,
         _ => page::COUNTERS_LEN - 1,
     }
 }
@@ -48,24 +64,6 @@ pub fn counter(kind: Kind) -> u32 {
 pub(crate) struct Context {
     pub(crate) site_id: u32,
     pub(crate) count: bool,
-}
-
-/// The number of a segment register in encoding order (ES, CS, SS, DS, FS, GS).
-fn segment(register: Register) -> Option<u8> {
-    Some(match register {
-        Register::ES => 0,
-        Register::CS => 1,
-        Register::SS => 2,
-        Register::DS => 3,
-        Register::FS => 4,
-        Register::GS => 5,
-        _ => return None,
-    })
-}
-
-/// The segments that may be loaded in line. CS cannot be, SS would need its interrupt shadow.
-fn loadable(register: Register) -> Option<u8> {
-    segment(register).filter(|s| !matches!(s, 1 | 2))
 }
 
 /// Emits the site `insn`; `begin` has been called. Returns how it is done and whether execution may go on behind it.
@@ -92,23 +90,55 @@ pub(crate) fn emit(e: &mut Emitter, insn: &Insn, kind: Kind, cx: &Context) -> (R
         | Code::Pushd_DS
         | Code::Pushd_ES
         | Code::Pushd_FS
-        | Code::Pushd_GS => segment(i.op0_register()).is_some_and(|s| {
+        | Code::Pushd_GS => segment::number(i.op0_register()).is_some_and(|s| {
             e.page_op(&[0xff], 6, page::SELECTORS + 4 * u32::from(s));
             e.commit(next);
             true
         }),
-        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg => mov_from_segment(e, insn),
-        Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 => load_segment(e, insn, i.op0_register(), false, cx),
-        Code::Popd_DS | Code::Popd_ES | Code::Popd_FS | Code::Popd_GS => {
-            load_segment(e, insn, i.op0_register(), true, cx)
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg => segment::number(i.op1_register())
+            .is_some_and(|s| segment::store_word(e, insn, page::SELECTORS + 4 * u32::from(s))),
+        Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 => {
+            segment::load(e, insn, i.op0_register(), Kept::Operand(1), cx)
         }
+        Code::Popd_DS | Code::Popd_ES | Code::Popd_SS | Code::Popd_FS | Code::Popd_GS => {
+            segment::load(e, insn, i.op0_register(), Kept::Stack, cx)
+        }
+        Code::Lds_r32_m1632 => segment::load(e, insn, Register::DS, Kept::FarPointer, cx),
+        Code::Les_r32_m1632 => segment::load(e, insn, Register::ES, Kept::FarPointer, cx),
+        Code::Lfs_r32_m1632 => segment::load(e, insn, Register::FS, Kept::FarPointer, cx),
+        Code::Lgs_r32_m1632 => segment::load(e, insn, Register::GS, Kept::FarPointer, cx),
+        Code::Lss_r32_m1632 => segment::load(e, insn, Register::SS, Kept::FarPointer, cx),
         Code::Mov_r32_cr => mov_from_control(e, insn),
         Code::Iretd => return iret(e, cx),
         Code::Clts => {
             clts(e, next, cx);
             true
         }
-        Code::Verw_rm16 | Code::Verw_r32m16 => verw(e, insn, cx),
+        Code::Verw_rm16 | Code::Verw_r32m16 => segment::verify(e, insn, true, cx),
+        Code::Verr_rm16 | Code::Verr_r32m16 => segment::verify(e, insn, false, cx),
+        Code::Lar_r32_r32m16 => segment::access_rights(e, insn, cx),
+        Code::Lsl_r32_r32m16 => segment::limit(e, insn, cx),
+        Code::Sldt_rm16 | Code::Sldt_r32m16 => segment::store_word(e, insn, page::LDTR),
+        Code::Str_rm16 | Code::Str_r32m16 => segment::store_word(e, insn, page::TR),
+        Code::Smsw_rm16 | Code::Smsw_r32m16 => segment::store_word(e, insn, page::CR0),
+        Code::Sgdt_m1632 => segment::store_table(e, insn, page::GDT_BASE, page::GDT_LIMIT),
+        Code::Sidt_m1632 => segment::store_table(e, insn, page::IDT_BASE, page::IDT_LIMIT),
+        Code::Wbinvd | Code::Invd => {
+            // Guest and devices see the same memory through the same caches.
+            e.op(&[0x90]); // nop
+            e.commit(next);
+            true
+        }
+        Code::Jmp_ptr1632 | Code::Jmp_m1632 | Code::Call_ptr1632 | Code::Call_m1632 => {
+            if far::branch(e, insn, kind, cx) {
+                return (Route::InLine, false);
+            }
+            false
+        }
+        Code::Retfd | Code::Retfd_imm16 => {
+            far::ret(e, insn, cx);
+            return (Route::InLine, false);
+        }
         _ if kind == Kind::CsData => {
             let flow = i.flow_control();
             if cs_data(e, insn) {
@@ -284,189 +314,6 @@ fn mov_from_control(e: &mut Emitter, insn: &Insn) -> bool {
     e.load(dest, offset);
     e.commit(insn.next());
     true
-}
-
-/// Prefix bytes that address a memory operand, CS turned into SS: CS shows the code view.
-fn address_prefixes(insn: &Insn, out: &mut [u8; 4]) -> Option<usize> {
-    let mut n = 0;
-    for &b in insn.prefixes() {
-        match b {
-            0xf0 => return None,
-            0x66 | 0xf2 | 0xf3 => continue,
-            _ => {}
-        }
-        *out.get_mut(n)? = if b == 0x2e { 0x36 } else { b };
-        n += 1;
-    }
-    Some(n)
-}
-
-/// A register whose number is not used to address the memory operand of `insn` and is not ESP.
-fn free_register(insn: &Insn) -> u8 {
-    let used = |n: u8| {
-        let same = |r: Register| r != Register::None && r.full_register32().number() as u8 == n;
-        same(insn.instr.memory_base()) || same(insn.instr.memory_index())
-    };
-    [EAX, ECX, EDX].into_iter().find(|&n| !used(n)).unwrap_or(EAX)
-}
-
-fn mov_from_segment(e: &mut Emitter, insn: &Insn) -> bool {
-    let i = &insn.instr;
-    let Some(s) = segment(i.op1_register()) else { return false };
-    let from = page::SELECTORS + 4 * u32::from(s);
-    if i.op0_kind() == OpKind::Register {
-        let dest = i.op0_register();
-        if dest.full_register32() == Register::ESP {
-            return false;
-        }
-        let number = dest.number() as u8;
-        if dest.is_gpr32() {
-            e.load(number, from);
-        } else {
-            e.page_op(&[0x66, 0x8b], number, from);
-        }
-        e.commit(insn.next());
-        return true;
-    }
-    let mut prefixes = [0; 4];
-    let Some(n) = address_prefixes(insn, &mut prefixes) else { return false };
-    if insn.prefixes().contains(&0x2e) {
-        return false; // a write through CS faults
-    }
-    let [_, modrm, tail @ ..] = insn.opcode() else { return false };
-    let reg = free_register(insn);
-    e.save(reg);
-    e.load(reg, from);
-    e.op_parts(&[&[0x66], prefixes.get(..n).unwrap_or(&[]), &[0x89, (modrm & !0x38) | reg << 3], tail]);
-    e.commit(insn.next());
-    e.restore(reg);
-    true
-}
-
-/// `mov sreg, r/m16` and `pop sreg`: loads what the monitor cached, if the guest's descriptor is still the cached one.
-fn load_segment(e: &mut Emitter, insn: &Insn, dest: Register, pop: bool, cx: &Context) -> bool {
-    let Some(s) = loadable(dest) else { return false };
-    let source = if pop { Selector::Stack } else { Selector::Operand(1) };
-    let Some(slow) = fetch_selector(e, insn, source, cx) else { return false };
-    let load = e.label();
-    // ECX is now the host selector to load if the guest's is null (0..=3), EAX the one for ring 3.
-    e.op(&[0x31, 0xc0]); // xor eax, eax
-    e.op(&[0x83, 0xf9, 0x03]); // cmp ecx, 3
-    e.jcc(Cond::BelowOrEqual, load);
-    check_cached(e, slow);
-    e.cache_op(&[0x0f, 0xb7], EAX, 14); // movzx eax, word
-    e.cache_op(&[0x8b], ECX, 8);
-    e.bind(load);
-    e.op(&[0x8e, 0xc0 | s << 3 | ECX]); // mov sreg, cx
-    e.commit(insn.next());
-    e.state.finish = Finish::StoreSelector(s);
-    if pop {
-        e.state.esp_add = 4;
-    }
-    // The monitor writes these two anew at every entry, so a stop before they are done needs no Finish.
-    e.store(page::HOST_RING0 + 4 * u32::from(s), ECX);
-    e.store(page::HOST_RING3 + 4 * u32::from(s), EAX);
-    e.load(ECX, page::SCRATCH_VALUE);
-    e.store(page::SELECTORS + 4 * u32::from(s), ECX);
-    e.state.finish = Finish::Nothing;
-    e.restore_flags();
-    e.restore(ECX);
-    e.restore(EAX);
-    if pop {
-        e.op(&[0x8d, 0x64, 0x24, 0x04]); // lea esp, [esp + 4]
-        e.state.esp_add = 0;
-    }
-    true
-}
-
-/// `verw` of a selector the cache knows to be writable data: ZF := 1. SDM Vol. 2C, "VERR/VERW".
-fn verw(e: &mut Emitter, insn: &Insn, cx: &Context) -> bool {
-    let Some(slow) = fetch_selector(e, insn, Selector::Operand(0), cx) else { return false };
-    e.op(&[0x83, 0xf9, 0x03]); // cmp ecx, 3
-    e.jcc(Cond::BelowOrEqual, slow);
-    check_cached(e, slow);
-    e.cache_op(&[0x8b], EAX, 4);
-    e.op_parts(&[&[0x25], &0x1a00_u32.to_le_bytes()]); // and eax, S | code | writable
-    e.op_parts(&[&[0x3d], &0x1200_u32.to_le_bytes()]); // cmp eax, S | writable
-    e.jcc(Cond::NotEqual, slow);
-    e.restore(ECX);
-    e.load(EAX, page::SCRATCH_FLAGS);
-    e.op(&[0x80, 0xcc, 0x40]); // or ah, 40h: ZF
-    e.op(&[0x04, 0x7f]); // add al, 7fh: OF from bit 0
-    e.op(&[0x9e]); // sahf
-    e.state.restore_flags = false;
-    e.commit(insn.next());
-    e.restore(EAX);
-    true
-}
-
-/// Where an instruction has its selector.
-#[derive(Clone, Copy)]
-enum Selector {
-    Stack,
-    Operand(u32),
-}
-
-/// Reads the selector into ECX and `SCRATCH_VALUE`; EAX, ECX and the flags are then free. Returns the way out.
-fn fetch_selector(
-    e: &mut Emitter,
-    insn: &Insn,
-    source: Selector,
-    cx: &Context,
-) -> Option<crate::emit::Label> {
-    let i = &insn.instr;
-    let mut prefixes = [0; 4];
-    let n = address_prefixes(insn, &mut prefixes)?;
-    let [_, modrm_at @ ..] = insn.opcode() else { return None };
-    // `mov sreg, rm` has its ModRM behind one opcode byte, `verw rm` behind two.
-    let modrm_at = if insn.opcode().first() == Some(&0x0f) { modrm_at.get(1..)? } else { modrm_at };
-    e.save(EAX);
-    e.save(ECX);
-    match source {
-        Selector::Stack => e.op(&[0x0f, 0xb7, 0x0c, 0x24]), // movzx ecx, word [esp]
-        Selector::Operand(op) if i.op_kind(op) == OpKind::Register => {
-            e.op(&[0x0f, 0xb7, 0xc0 | ECX << 3 | (i.op_register(op).number() as u8 & 7)]); // movzx ecx, r16
-        }
-        Selector::Operand(_) => {
-            let [modrm, tail @ ..] = modrm_at else { return None };
-            // movzx ecx, word m
-            e.op_parts(&[prefixes.get(..n)?, &[0x0f, 0xb7, (modrm & !0x38) | ECX << 3], tail]);
-        }
-    }
-    e.store(page::SCRATCH_VALUE, ECX);
-    e.save_flags();
-    Some(e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate)))
-}
-
-/// Goes to `slow` unless the cache serves the selector in ECX, which is not null; ECX is then its cache index for
-/// [`Emitter::cache_op`]. Clobbers EAX and the flags.
-fn check_cached(e: &mut Emitter, slow: crate::emit::Label) {
-    let rpl_fits = e.label();
-    e.op(&[0xf6, 0xc1, 0x04]); // test cl, 4: TI
-    e.jcc(Cond::NotEqual, slow);
-    e.op_parts(&[&[0x81, 0xf9], &(page::SEGMENT_CACHE_LEN * 8 - 1).to_le_bytes()]); // cmp ecx, imm32
-    e.jcc(Cond::Above, slow);
-    e.op(&[0x83, 0xe1, 0xf8]); // and ecx, ~7
-    e.op(&[0x8d, 0x41, 0x07]); // lea eax, [ecx + 7]
-    e.page_op(&[0x3b], EAX, page::GDT_LIMIT); // cmp eax, limit
-    e.jcc(Cond::Above, slow);
-    e.load(EAX, page::GDT_BASE);
-    e.op(&[0x36, 0x8b, 0x04, 0x08]); // mov eax, ss:[eax + ecx]: descriptor, low half
-    e.cache_op(&[0x3b], EAX, 0);
-    e.jcc(Cond::NotEqual, slow);
-    e.load(EAX, page::GDT_BASE);
-    e.op(&[0x36, 0x8b, 0x44, 0x08, 0x04]); // mov eax, ss:[eax + ecx + 4]: high half
-    e.cache_op(&[0x3b], EAX, 4);
-    e.jcc(Cond::NotEqual, slow);
-    // At CPL 0, RPL 0 may load any DPL and any RPL may load DPL 3. What is between is rare: the monitor decides.
-    e.test_page_byte(page::SCRATCH_VALUE, 3);
-    e.jcc(Cond::Equal, rpl_fits);
-    e.op_parts(&[&[0x25], &0x6000_u32.to_le_bytes()]); // and eax, DPL
-    e.op_parts(&[&[0x3d], &0x6000_u32.to_le_bytes()]); // cmp eax, DPL 3
-    e.jcc(Cond::NotEqual, slow);
-    e.bind(rpl_fits);
-    e.cache_test_byte(12, 1); // valid?
-    e.jcc(Cond::Equal, slow);
 }
 
 /// A read through CS: the same through SS, which is flat and shows RAM.

@@ -2,7 +2,7 @@
 
 use crate::CodeInfo;
 use csam::{Class, GuestLin, classify_instruction};
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
 
 /// A guest instruction.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +55,15 @@ impl Insn {
     /// From the first opcode byte on.
     pub(crate) fn opcode(&self) -> &[u8] {
         self.bytes().get(usize::from(self.prefixes)..).unwrap_or(&[])
+    }
+
+    /// Does no interrupt come directly behind it?
+    pub(crate) fn shadows(&self) -> bool {
+        match self.instr.mnemonic() {
+            Mnemonic::Sti => true,
+            Mnemonic::Mov | Mnemonic::Pop => self.instr.op0_register() == Register::SS,
+            _ => false,
+        }
     }
 
     pub(crate) fn class(&self) -> Class {

@@ -5,7 +5,7 @@
 //! - [`patch`]: what a patch is: window, tactic, sites, trampoline,
 //! - [`vcpu_page`]: the data page trampolines share with the monitor,
 //! - `window`: which instructions a jump may cover,
-//! - `inline` and `displace`: what a trampoline does for sites and for the other instructions of a window,
+//! - `inline`, `segment` and `far`: what a trampoline does for sites; `displace`: for the other instructions of a window,
 //! - `emit` and [`map`]: trampoline bytes, and the guest state that every boundary in them stands for,
 //! - `alloc`: where a trampoline lies, chosen so that the jump's displacement bytes trap where they must,
 //! - [`manager`]: [`Patm`], which keeps the patches and answers questions about EIPs,
@@ -20,11 +20,13 @@ extern crate alloc;
 mod alloc_region;
 mod displace;
 mod emit;
+mod far;
 mod inline;
 mod insn;
 pub mod manager;
 pub mod map;
 pub mod patch;
+mod segment;
 mod transition;
 pub mod user;
 pub mod vcpu_page;

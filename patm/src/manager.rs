@@ -231,7 +231,14 @@ impl Patm {
             let id = self.next_site + sites.len() as u32;
             let cx = inline::Context { site_id: id, count: self.config.count_inline };
             let (route, goes_on) = inline::emit(e, insn, kind, &cx);
-            sites.push(SiteRef { at: GuestLin(insn.at), len: insn.len() as u8, kind, route, id });
+            sites.push(SiteRef {
+                at: GuestLin(insn.at),
+                len: insn.len() as u8,
+                kind,
+                route,
+                id,
+                shadow: insn.shadows(),
+            });
             goes_on
         };
         let mut end = window.start().wrapping_add(window.len());
@@ -370,7 +377,14 @@ impl Patm {
 
     fn enter_trap_byte(&mut self, insn: &Insn, kind: SensitiveKind, why: Refusal) -> PatchId {
         let at = GuestLin(insn.at);
-        let site = SiteRef { at, len: insn.len() as u8, kind, route: Route::TrapByte, id: self.next_site };
+        let site = SiteRef {
+            at,
+            len: insn.len() as u8,
+            kind,
+            route: Route::TrapByte,
+            id: self.next_site,
+            shadow: insn.shadows(),
+        };
         self.insert(Patch {
             id: PatchId(self.next_patch),
             start: at,
@@ -549,13 +563,15 @@ impl Patm {
         }
     }
 
-    /// Is `guest_eip` directly behind a patched `sti`? A kick that stopped there may have come through it, so an
-    /// interrupt should wait for one more instruction (`sti; hlt` loses a wake-up otherwise); it always may.
+    /// Is `guest_eip` directly behind a patched `sti`, or a load of SS that shadows it as `sti` does? A kick that stopped
+    /// there may have come through it, so an interrupt should wait for one more instruction (`sti; hlt` loses a wake-up
+    /// otherwise); it always may.
     #[must_use]
     pub fn is_after_sti(&self, guest_eip: u32) -> bool {
-        guest_eip.checked_sub(1).and_then(|last| self.patch_at(last)).is_some_and(|patch| {
-            patch.sites.iter().any(|s| s.kind == SensitiveKind::Sti && s.next().0 == guest_eip)
-        })
+        guest_eip
+            .checked_sub(1)
+            .and_then(|last| self.patch_at(last))
+            .is_some_and(|patch| patch.sites.iter().any(|s| s.shadow && s.next().0 == guest_eip))
     }
 
     /// First EIPs of the trampoline pages that need memory. Only grows.

@@ -56,6 +56,15 @@ pub enum Finish {
     StoreIf,
     /// `SELECTORS[n] := SCRATCH_VALUE` (a segment load, between the real load and the store).
     StoreSelector(u8),
+    /// A general register gets `SCRATCH_FAR` (`lar`, `lsl`, and a far pointer's offset after its selector).
+    StoreRegister(u8),
+    /// `SELECTORS[segment] := SCRATCH_VALUE`, and the general register gets `SCRATCH_FAR` (`lds` and its like).
+    StoreFar {
+        /// The segment register.
+        segment: u8,
+        /// The general register.
+        register: u8,
+    },
     /// `iret` to ring 3 is committed: everything [`Fix::apply`] says under this name. The vCPU page is read for it
     /// (`HOST_RING3`, `USER_CS`, `USER_SS` and the offsets of `USER_CS_HOST` and `USER_SS_HOST`); the monitor must not
     /// have rewritten it since the world ran, and must look whether the selectors are the ones it had put there.
@@ -105,6 +114,13 @@ fn copy(words: &mut dyn VcpuWords, from: u32, to: u32) {
     words.write(to, value);
 }
 
+fn store_register(gpr: &mut [u32; 8], n: u8, words: &mut dyn VcpuWords) {
+    let value = words.read(page::SCRATCH_FAR);
+    if let Some(register) = gpr.get_mut(usize::from(n)) {
+        *register = value;
+    }
+}
+
 impl Fix {
     /// Turns the hardware state into the guest's: general registers (encoding order), the arithmetic flags and DF in
     /// `eflags`, and in the vCPU page `IF_FLAG`, `HIDDEN_FLAGS`, `SELECTORS` and `CPL`. Returns the guest EIP. What the
@@ -135,8 +151,12 @@ impl Fix {
                 words.write(page::IF_FLAG, value);
             }
             Finish::StoreSelector(n) => {
-                let value = words.read(page::SCRATCH_VALUE) & 0xffff;
-                words.write(page::SELECTORS + 4 * u32::from(n), value);
+                copy(words, page::SCRATCH_VALUE, page::SELECTORS + 4 * u32::from(n));
+            }
+            Finish::StoreRegister(n) => store_register(gpr, n, words),
+            Finish::StoreFar { segment, register } => {
+                copy(words, page::SCRATCH_VALUE, page::SELECTORS + 4 * u32::from(segment));
+                store_register(gpr, register, words);
             }
             Finish::EnterUser => {
                 for n in DATA_SEGMENTS {

@@ -128,6 +128,8 @@ pub struct SiteRef {
     pub route: Route,
     /// Its number in reason words.
     pub id: u32,
+    /// No interrupt comes directly behind it: `sti`, `mov ss`, `pop ss` (SDM Vol. 3A, 6.8.3).
+    pub shadow: bool,
 }
 
 impl SiteRef {

@@ -55,6 +55,16 @@ pub const SCRATCH_IMAGE: u32 = 0x194;
 /// EFLAGS bits which, set in its frame, keep `iret` from being done in line though it could be: RF while the guest has
 /// instruction breakpoints. Without any, RF means nothing and an `iret` in line ignores it. u32.
 pub const IRET_REFUSES: u32 = 0x198;
+/// Scratch u32: the offset of a far pointer, or a value for a register.
+pub const SCRATCH_FAR: u32 = 0x19c;
+/// Guest IDTR base (guest linear), for `sidt`. u32.
+pub const IDT_BASE: u32 = 0x1a0;
+/// Guest IDTR limit. u32.
+pub const IDT_LIMIT: u32 = 0x1a4;
+/// The guest's LDTR selector, zero-extended, for `sldt`. u32.
+pub const LDTR: u32 = 0x1a8;
+/// The guest's TR selector, zero-extended, for `str`. u32.
+pub const TR: u32 = 0x1ac;
 /// A value of `IRET_CS` and of `USER_CS` that no selector has.
 pub const IRET_NOWHERE: u32 = u32::MAX;
 /// Where the 64-bit gate stub keeps the guest's registers until the runtime copies them (owned by the shim). 256 bytes.

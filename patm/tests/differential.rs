@@ -61,6 +61,30 @@ const PLAIN: &[&[u8]] = &[
     &[0x0f, 0x06],                   // clts
     &[0x0f, 0x00, 0xe8],             // verw eax
     &[0x0f, 0x00, 0x6c, 0x24, 0x04], // verw [esp+4]
+    &[0x8e, 0xd0],                   // mov ss, eax
+    &[0x17],                         // pop ss
+    &[0xc5, 0x03],                   // lds eax, [ebx]
+    &[0xc4, 0x4c, 0x24, 0x04],       // les ecx, [esp+4]
+    &[0x0f, 0xb4, 0x10],             // lfs edx, [eax]
+    &[0x36, 0x0f, 0xb5, 0x1c, 0x11], // lgs ebx, ss:[ecx+edx]
+    &[0x0f, 0xb2, 0x2b],             // lss ebp, [ebx]
+    &[0x0f, 0xb2, 0x64, 0x24, 0x08], // lss esp, [esp+8]
+    &[0x0f, 0x01, 0x44, 0x24, 0x04], // sgdt [esp+4]
+    &[0x0f, 0x01, 0x0b],             // sidt [ebx]
+    &[0x0f, 0x00, 0xc0],             // sldt eax
+    &[0x0f, 0x00, 0x01],             // sldt [ecx]
+    &[0x66, 0x0f, 0x00, 0xc9],       // str cx
+    &[0x0f, 0x01, 0xe0],             // smsw eax
+    &[0x0f, 0x01, 0x23],             // smsw [ebx]
+    &[0x0f, 0x00, 0xe0],             // verr eax
+    &[0x0f, 0x02, 0xd8],             // lar ebx, eax
+    &[0x0f, 0x02, 0x44, 0x24, 0x04], // lar eax, [esp+4]
+    &[0x0f, 0x03, 0xc8],             // lsl ecx, eax
+    &[0x0f, 0x03, 0xc0],             // lsl eax, eax
+    &[0x0f, 0x09],                   // wbinvd
+    &[0x0f, 0x08],                   // invd
+    &[0x6a, 0x10],                   // push 10h
+    &[0xb8, 0x10, 0x00, 0x00, 0x00], // mov eax, 10h
 ];
 /// Opcodes with an 8-bit displacement, then `call rel32`.
 const BRANCHES: &[u8] = &[0x74, 0x75, 0x72, 0x78, 0x7c, 0xe3, 0xe2, 0xe1, 0xeb, 0xe8];
@@ -72,6 +96,10 @@ enum Item {
     Branch(usize, usize),
     /// `pushfd; push cs; push imm32; iretd` over so many items.
     Iret(usize),
+    /// `jmp` (or `call`) `ptr16:32` over so many items.
+    FarBranch(bool, usize),
+    /// `push cs; push imm32; retf` over so many items.
+    FarReturn(usize),
 }
 
 fn item() -> impl Strategy<Value = Item> {
@@ -79,10 +107,12 @@ fn item() -> impl Strategy<Value = Item> {
         5 => (0..PLAIN.len()).prop_map(Item::Plain),
         1 => (0..BRANCHES.len(), 0..4usize).prop_map(|(op, over)| Item::Branch(op, over)),
         1 => (0..3usize).prop_map(Item::Iret),
+        1 => (any::<bool>(), 0..3usize).prop_map(|(call, over)| Item::FarBranch(call, over)),
+        1 => (0..3usize).prop_map(Item::FarReturn),
     ]
 }
 
-/// The code, and where its `iretd`s go.
+/// The code, and where its `iretd`s and far transfers go.
 fn assemble(items: &[Item]) -> (Vec<u8>, Vec<u32>) {
     let mut targets = Vec::new();
     let len = |i: &Item| match *i {
@@ -95,6 +125,7 @@ fn assemble(items: &[Item]) -> (Vec<u8>, Vec<u32>) {
             }
         }
         Item::Iret(_) => 8,
+        Item::FarBranch(..) | Item::FarReturn(_) => 7,
     };
     let mut code = Vec::new();
     for (n, item) in items.iter().enumerate() {
@@ -107,6 +138,24 @@ fn assemble(items: &[Item]) -> (Vec<u8>, Vec<u32>) {
                 code.extend_from_slice(&[0x9c, 0x0e, 0x68]);
                 code.extend_from_slice(&target.to_le_bytes());
                 code.push(0xcf);
+            }
+            Item::FarBranch(call, over) => {
+                let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
+                let target = BASE + (code.len() + 7 + rel) as u32;
+                targets.push(target);
+                code.push(if call { 0x9a } else { 0xea });
+                code.extend_from_slice(&target.to_le_bytes());
+                // Where the call comes back to is known only when it does.
+                targets.push(BASE + (code.len() + 2) as u32);
+                code.extend_from_slice(&[0x60, 0]);
+            }
+            Item::FarReturn(over) => {
+                let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
+                let target = BASE + (code.len() + 7 + rel) as u32;
+                targets.push(target);
+                code.extend_from_slice(&[0x0e, 0x68]);
+                code.extend_from_slice(&target.to_le_bytes());
+                code.push(0xcb);
             }
             Item::Branch(op, over) => {
                 let rel: usize = items.iter().skip(n + 1).take(over).map(len).sum();
@@ -157,11 +206,20 @@ fn machine(seed: u64) -> Machine {
     for cr in [page::CR0, page::CR2, page::CR3, page::CR4] {
         m.set_word(cr, random());
     }
+    for word in [page::IDT_BASE, page::IDT_LIMIT, page::LDTR, page::TR] {
+        m.set_word(word, random() & if word == page::IDT_BASE { u32::MAX } else { 0xffff });
+    }
     let gdt = 0x0300_0000u32;
     m.set_word(page::GDT_BASE, gdt);
     m.set_word(page::GDT_LIMIT, (random() & 0x3ff) | 7);
     for n in 0..page::SEGMENT_CACHE_LEN {
-        let (low, high) = (random(), random());
+        let (mut low, mut high) = (random(), random());
+        if n == 2 || n == 13 || random() & 3 == 0 {
+            // What SS may be in ring 0; sometimes not quite.
+            (low, high) = (0xffff, 0x00cf_9200 | random() & 0x10_0100);
+            high ^= if random() & 7 == 0 { 1 << (random() & 31) } else { 0 };
+            low ^= if random() & 15 == 0 { 1 << (random() & 31) } else { 0 };
+        }
         m.write(gdt + 8 * n, 4, low);
         m.write(gdt + 8 * n + 4, 4, high);
         let entry = page::SEGMENT_CACHE + 16 * n;
@@ -212,6 +270,9 @@ impl Patched {
     fn emulate(&self, m: &mut Machine) {
         let original = &self.scanned.bytes[(m.eip - BASE) as usize..];
         assert_eq!(m.step(original, Mode::Bare), Event::Done);
+        if m.word(page::SELECTORS + 4) != m.word(page::IRET_CS) {
+            m.set_word(page::IRET_CS, page::IRET_NOWHERE); // it is the running segment or none
+        }
         m.eip = self.patm.resume_eip(m.eip);
     }
 
@@ -305,7 +366,8 @@ fn compare(items: &[Item], seed: u64, kicks: u64, count_inline: bool) -> Result<
     let mut patched = Patched { scanned, patm, view, traps: 0 };
     let mut m = machine(seed);
     patched.run(&mut m, Some(kicks));
-    prop_assert_eq!(visible(&m), visible(&bare));
+    let (m, bare) = (visible(&m), visible(&bare));
+    prop_assert!(m == bare, "{}", m.against(&bare));
     Ok(patched.traps)
 }
 

@@ -172,6 +172,17 @@ fn an_interrupt_waits_behind_sti() {
 }
 
 #[test]
+fn an_interrupt_waits_behind_a_load_of_ss_too() {
+    // mov ss, eax; pop ss; mov ds, eax; lss esp, [esp]; nop
+    let code = [0x8e, 0xd0, 0x17, 0x8e, 0xd8, 0x0f, 0xb2, 0x24, 0x24, 0x90, 0x90, 0x90, 0x90, 0xc3];
+    let scanned = Scanned::new(&code);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    let after: Vec<u32> = (0..code.len() as u32).filter(|&o| patm.is_after_sti(BASE + o)).collect();
+    assert_eq!(after, [2, 3], "behind mov ss and pop ss, not behind lss");
+}
+
+#[test]
 fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
     let table: &[(&[u8], Route)] = &[
         (&[0xfa], Route::InLine),                           // cli
@@ -185,12 +196,27 @@ fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
         (&[0x66, 0x1e], Route::Gate),                       // 16-bit push ds
         (&[0x1f], Route::InLine),                           // pop ds
         (&[0x0f, 0xa9], Route::InLine),                     // pop gs
-        (&[0x17], Route::Gate),                             // pop ss
+        (&[0x17], Route::InLine),                           // pop ss
         (&[0x66, 0x1f], Route::Gate),                       // 16-bit pop ds
         (&[0x8c, 0xc8], Route::InLine),                     // mov eax, cs
         (&[0x8c, 0x1b], Route::InLine),                     // mov [ebx], ds
         (&[0x8e, 0xe0], Route::InLine),                     // mov fs, eax
-        (&[0x8e, 0xd0], Route::Gate),                       // mov ss, eax
+        (&[0x8e, 0xd0], Route::InLine),                     // mov ss, eax
+        (&[0x0f, 0xb2, 0x24, 0x24], Route::InLine),         // lss esp, [esp]
+        (&[0xc5, 0x20], Route::Gate),                       // lds esp, [eax]
+        (&[0x66, 0xc4, 0x00], Route::Gate),                 // les ax, [eax]
+        (&[0x0f, 0x01, 0x00], Route::InLine),               // sgdt [eax]
+        (&[0x66, 0x0f, 0x01, 0x00], Route::Gate),           // sgdt [eax] of 24 bits
+        (&[0x2e, 0x0f, 0x01, 0x08], Route::Gate),           // sidt cs:[eax], which faults
+        (&[0x0f, 0x00, 0xc8], Route::InLine),               // str eax
+        (&[0x0f, 0x01, 0xe4], Route::Gate),                 // smsw esp
+        (&[0x0f, 0x02, 0xc1], Route::InLine),               // lar eax, ecx
+        (&[0x66, 0x0f, 0x03, 0xc1], Route::Gate),           // lsl ax, cx
+        (&[0x0f, 0x09], Route::InLine),                     // wbinvd
+        (&[0xea, 0, 1, 0, 0xc1, 0x60, 0], Route::InLine),   // jmp 60h:0c1000100h
+        (&[0xff, 0x58, 0x10, 0x90, 0x90], Route::TrapByte), // call far [eax+10h]: nothing behind it may be displaced
+        (&[0xff, 0x1d, 0, 0, 0, 0], Route::InLine),         // call far [0]
+        (&[0xcb, 0x90, 0x90, 0x90, 0x90], Route::InLine),   // retf, with filler behind it
         (&[0x8e, 0x5d, 0x08], Route::InLine),               // mov ds, [ebp+8]
         (&[0x0f, 0x20, 0xd0], Route::InLine),               // mov eax, cr2
         (&[0x0f, 0x22, 0xd8], Route::Gate),                 // mov cr3, eax
@@ -199,7 +225,7 @@ fn hot_instructions_complete_in_line_and_the_rest_leaves_by_the_gate() {
         (&[0x0f, 0x01, 0x38], Route::Gate),                 // invlpg [eax]
         (&[0x0f, 0x06], Route::InLine),                     // clts
         (&[0x0f, 0x00, 0x28], Route::InLine),               // verw [eax]
-        (&[0x0f, 0x00, 0x20], Route::Gate),                 // verr [eax]
+        (&[0x0f, 0x00, 0x20], Route::InLine),               // verr [eax]
         (&[0x66, 0xcf, 0x90, 0x90, 0x90], Route::Gate),     // iretw, with filler behind it
         (&[0xe4, 0x60], Route::Gate),                       // in al, 60h
         (&[0x0f, 0xa2], Route::Gate),                       // cpuid

@@ -54,6 +54,10 @@ fn seg_index(r: Register) -> usize {
         .unwrap()
 }
 
+fn is_far(i: &Instruction) -> bool {
+    matches!(i.code(), Code::Jmp_ptr1632 | Code::Jmp_m1632 | Code::Call_ptr1632 | Code::Call_m1632)
+}
+
 impl Machine {
     pub fn byte(&self, at: u32) -> u8 {
         // Memory nobody wrote: a fixed pattern, mostly small so that words make plausible selectors and flags.
@@ -189,8 +193,29 @@ impl Machine {
         let same = self.word(entry) == low && self.word(entry + 4) == high && self.word(entry + 12) & 1 == 1;
         (same && (selector & 3 == 0 || high >> 13 & 3 == 3)).then(|| self.word(entry + 8) as u16)
     }
+    /// The descriptor of a selector the cache knows and that is not null.
+    fn descriptor(&self, selector: u16) -> Option<(u32, u32)> {
+        self.cached(selector).filter(|_| selector > 3)?;
+        let gdt = self.word(page::GDT_BASE) + u32::from(selector & !7);
+        Some((self.read(gdt, 4), self.read(gdt + 4, 4)))
+    }
+    /// May the cache serve it for SS: a flat stack segment of ring 0?
+    fn flat_stack(&self, selector: u16) -> bool {
+        self.descriptor(selector).is_some_and(|(low, high)| {
+            let base = low >> 16 | (high & 0xff) << 16 | high & 0xff00_0000;
+            let limit = low & 0xffff | high & 0xf_0000;
+            let big_pages_present_writable = high & 0xc0_fe00 == 0xc0_9200 && high & 0x20_0000 == 0;
+            base == 0 && limit == 0xf_ffff && big_pages_present_writable && selector & 3 == 0
+        })
+    }
     fn load_segment(&mut self, seg: usize, selector: u16) {
-        self.hw_sel[seg] = if selector < 4 { selector } else { self.cached(selector).unwrap_or(UNCACHED) };
+        self.hw_sel[seg] = if seg == 2 && !self.flat_stack(selector) {
+            UNCACHED
+        } else if selector < 4 {
+            selector
+        } else {
+            self.cached(selector).unwrap_or(UNCACHED)
+        };
         self.set_word(page::SELECTORS + 4 * seg as u32, u32::from(selector));
     }
 
@@ -203,6 +228,20 @@ impl Machine {
         let at = self.address(i);
         let limit = self.limits.get(&self.hw_sel[seg_index(i.memory_segment())]);
         limit.is_some_and(|&limit| at >= limit) || self.absent == Some(at & !0xfff)
+    }
+
+    /// What differs, for people.
+    pub fn against(&self, other: &Machine) -> String {
+        let mut text =
+            format!("{:x?}\n{:x?}\n", (self.gpr, self.flags, self.eip), (other.gpr, other.flags, other.eip));
+        text += &format!("{:x?} {:x?}\n", self.hw_sel, other.hw_sel);
+        for at in self.mem.keys().chain(other.mem.keys()) {
+            let (a, b) = (self.mem.get(at), other.mem.get(at));
+            if a != b {
+                text += &format!("{at:x}: {a:x?} {b:x?}\n");
+            }
+        }
+        text
     }
 
     /// Runs one instruction of `code` (what instruction fetch sees at EIP).
@@ -257,16 +296,54 @@ impl Machine {
                 let cr0 = self.word(page::CR0) & !8;
                 self.set_word(page::CR0, cr0);
             }
-            Mnemonic::Verw => {
-                assert!(bare, "verw would look into the host's tables");
-                let selector = match i.op0_kind() {
-                    OpKind::Register => self.reg(i.op0_register()) as u16,
+            Mnemonic::Verw | Mnemonic::Verr | Mnemonic::Lar | Mnemonic::Lsl => {
+                assert!(bare, "it would look into the host's tables");
+                let op = u32::from(matches!(i.mnemonic(), Mnemonic::Lar | Mnemonic::Lsl));
+                let selector = match i.op_kind(op) {
+                    OpKind::Register => self.reg(i.op_register(op)) as u16,
                     _ => self.read(self.address(&i), 2) as u16,
                 };
-                let gdt = self.word(page::GDT_BASE) + u32::from(selector & !7);
-                let writable = self.read(gdt + 4, 4) & 0x1a00 == 0x1200;
-                let zf = selector > 3 && self.cached(selector).is_some() && writable;
-                self.flags = self.flags & !0x40 | u32::from(zf) << 6;
+                let mut found = self.descriptor(selector);
+                match (i.mnemonic(), found) {
+                    (Mnemonic::Verw, _) => found = found.filter(|d| d.1 & 0x1a00 == 0x1200),
+                    (Mnemonic::Verr, _) => found = found.filter(|d| d.1 & 0x1800 == 0x1000),
+                    (Mnemonic::Lar, Some((_, high))) => self.set(&i, 0, high & 0x00ff_ff00),
+                    (_, Some((low, high))) => {
+                        let limit = low & 0xffff | high & 0xf_0000;
+                        let limit = if high >> 23 & 1 == 0 { limit } else { limit << 12 | 0xfff };
+                        self.set(&i, 0, limit);
+                    }
+                    _ => {}
+                }
+                self.flags = self.flags & !0x40 | u32::from(found.is_some()) << 6;
+            }
+            Mnemonic::Sgdt | Mnemonic::Sidt => {
+                assert!(bare);
+                let gdt = i.mnemonic() == Mnemonic::Sgdt;
+                let (base, limit) =
+                    if gdt { (page::GDT_BASE, page::GDT_LIMIT) } else { (page::IDT_BASE, page::IDT_LIMIT) };
+                let (base, limit, at) = (self.word(base), self.word(limit), self.address(&i));
+                self.write(at, 2, limit);
+                self.write(at.wrapping_add(2), 4, base);
+            }
+            Mnemonic::Sldt | Mnemonic::Str | Mnemonic::Smsw => {
+                assert!(bare);
+                let from = match i.mnemonic() {
+                    Mnemonic::Sldt => page::LDTR,
+                    Mnemonic::Str => page::TR,
+                    _ => page::CR0,
+                };
+                let v = self.word(from);
+                match i.op0_kind() {
+                    OpKind::Register => self.set_reg(i.op0_register(), v),
+                    _ => self.write(self.address(&i), 2, v),
+                }
+            }
+            Mnemonic::Wbinvd | Mnemonic::Invd => assert!(bare),
+            Mnemonic::Shl => {
+                let v = self.get(&i, 0) << (self.get(&i, 1) & 31);
+                self.logic_flags(4, v); // CF and OF are not looked at
+                self.set(&i, 0, v);
             }
             Mnemonic::Lahf => self.set_reg(Register::AH, self.flags & 0xd5 | 2),
             Mnemonic::Sahf => self.flags = self.flags & !0xd5 | self.reg(Register::AH) & 0xd5,
@@ -372,6 +449,22 @@ impl Machine {
                     eip = i.near_branch32();
                 }
             }
+            Mnemonic::Jmp | Mnemonic::Call if is_far(&i) && (bare || !i.is_jmp_far_indirect()) => {
+                assert!(bare, "a far transfer would go by the host's tables");
+                let (target, selector) = match i.op0_kind() {
+                    OpKind::FarBranch32 => (i.far_branch32(), u32::from(i.far_branch_selector())),
+                    _ => {
+                        let at = self.address(&i);
+                        (self.read(at, 4), self.read(at.wrapping_add(4), 2))
+                    }
+                };
+                if i.mnemonic() == Mnemonic::Call {
+                    self.push(4, self.word(page::SELECTORS + 4));
+                    self.push(4, next);
+                }
+                self.set_word(page::SELECTORS + 4, selector);
+                eip = target;
+            }
             Mnemonic::Call => {
                 let target = match i.op0_kind() {
                     OpKind::NearBranch32 => i.near_branch32(),
@@ -381,19 +474,41 @@ impl Machine {
                 eip = target;
             }
             Mnemonic::Ret => eip = self.pop(4),
-            Mnemonic::Lss => {
-                assert!(!bare);
+            Mnemonic::Lss if !bare => {
                 let at = self.address(&i);
                 self.set_reg(i.op0_register(), self.read(at, 4));
                 self.hw_sel[2] = self.read(at + 4, 2) as u16;
             }
-            Mnemonic::Jmp if i.is_jmp_far_indirect() => {
+            Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs => {
+                assert!(bare);
+                let at = self.address(&i);
+                let seg = match i.mnemonic() {
+                    Mnemonic::Les => 0,
+                    Mnemonic::Lss => 2,
+                    Mnemonic::Lds => 3,
+                    Mnemonic::Lfs => 4,
+                    _ => 5,
+                };
+                let (offset, selector) = (self.read(at, 4), self.read(at.wrapping_add(4), 2) as u16);
+                self.load_segment(seg, selector);
+                self.set_reg(i.op0_register(), offset);
+            }
+            Mnemonic::Jmp if i.is_jmp_far_indirect() && !bare => {
                 let at = self.address(&i);
                 if at == VCPU + page::GATE {
                     return Event::Gate;
                 }
                 eip = self.read(at, 4);
                 self.hw_sel[1] = self.read(at + 4, 2) as u16;
+            }
+            Mnemonic::Retf => {
+                assert!(bare);
+                eip = self.pop(4);
+                let cs = self.pop(4) & 0xffff;
+                self.set_word(page::SELECTORS + 4, cs);
+                if i.op_count() == 1 {
+                    self.gpr[4] = self.gpr[4].wrapping_add(u32::from(i.immediate16()));
+                }
             }
             Mnemonic::Jmp => {
                 eip = match i.op0_kind() {
