@@ -75,12 +75,31 @@ impl Entry {
 
 struct Region {
     entries: [Entry; 512],
+    /// Which of them are mapped, a bit each.
+    mapped: [u64; 8],
     count: u16,
     non_global: u16,
     large: u16,
 }
 
 impl Region {
+    /// Numbers of the mapped entries, ascending, as they are when asked.
+    fn mapped(&self) -> impl Iterator<Item = u32> + use<> {
+        self.mapped.into_iter().enumerate().flat_map(|(word, mut bits)| {
+            std::iter::from_fn(move || {
+                let bit = (bits != 0).then(|| bits.trailing_zeros())?;
+                bits &= bits - 1;
+                Some(word as u32 * 64 + bit)
+            })
+        })
+    }
+
+    fn mark(&mut self, index: u32, mapped: bool) {
+        let bit = 1u64 << (index & 63);
+        let word = &mut self.mapped[(index >> 6) as usize & 7];
+        if mapped { *word |= bit } else { *word &= !bit }
+    }
+
     /// If all that is mapped comes from one large page: the first mapped page, with the rights any of them was filled
     /// with.
     fn as_one(&self) -> Option<(u32, Entry)> {
@@ -155,9 +174,16 @@ impl Shadow {
         let live = &mut self.live;
         let region = self.regions[index].get_or_insert_with(|| {
             live.push(index as u16);
-            Box::new(Region { entries: [Entry::default(); 512], count: 0, non_global: 0, large: 0 })
+            Box::new(Region {
+                entries: [Entry::default(); 512],
+                mapped: [0; 8],
+                count: 0,
+                non_global: 0,
+                large: 0,
+            })
         });
         region.entries[(lin.0 >> 12 & 511) as usize] = entry;
+        region.mark(lin.0 >> 12 & 511, true);
         region.count += 1;
         region.non_global += u16::from(!entry.global());
         region.large += u16::from(entry.large());
@@ -211,6 +237,7 @@ impl Shadow {
         if !old.mapped() {
             return false;
         }
+        region.mark(lin.0 >> 12 & 511, false);
         region.count -= 1;
         region.non_global -= u16::from(!old.global());
         region.large -= u16::from(old.large());
@@ -289,34 +316,37 @@ impl Shadow {
                 return true;
             }
             let mut run: Option<(u32, u32)> = None;
-            for i in 0..512u32 {
+            for i in region.mapped() {
                 let e = region.entries[i as usize];
-                let mut stale = false;
-                if e.mapped() && !(scope == Scope::NonGlobal && e.global()) {
-                    let leaf = peek(mem, cpu, GuestLin(base | i << 12));
-                    match leaf.filter(|l| e.still_good(l)) {
-                        // Filled before the guest made it global: from here on CR3 loads need not look at it.
-                        Some(l) if l.global && !e.global() => {
-                            region.entries[i as usize] = Entry(e.0 | Entry::G);
-                            region.non_global -= 1;
-                        }
-                        Some(_) => {}
-                        None => stale = true,
-                    }
+                if scope == Scope::NonGlobal && e.global() {
+                    continue;
                 }
-                if stale {
-                    region.entries[i as usize] = Entry::default();
-                    region.count -= 1;
-                    region.non_global -= u16::from(!e.global());
-                    region.large -= u16::from(e.large());
-                    self.count -= 1;
-                    self.small -= usize::from(!e.large());
-                    match &mut run {
-                        Some((_, n)) => *n += 1,
-                        None => run = Some((base | i << 12, 1)),
+                let at = base | i << 12;
+                let leaf = peek(mem, cpu, GuestLin(at));
+                match leaf.filter(|l| e.still_good(l)) {
+                    // Filled before the guest made it global: from here on CR3 loads need not look at it.
+                    Some(l) if l.global && !e.global() => {
+                        region.entries[i as usize] = Entry(e.0 | Entry::G);
+                        region.non_global -= 1;
                     }
-                } else if let Some((at, n)) = run.take() {
-                    dropped(GuestLin(at), n);
+                    Some(_) => {}
+                    None => {
+                        region.entries[i as usize] = Entry::default();
+                        region.mark(i, false);
+                        region.count -= 1;
+                        region.non_global -= u16::from(!e.global());
+                        region.large -= u16::from(e.large());
+                        self.count -= 1;
+                        self.small -= usize::from(!e.large());
+                        match &mut run {
+                            Some((first, n)) if *first + (*n << 12) == at => *n += 1,
+                            _ => {
+                                if let Some((first, n)) = run.replace((at, 1)) {
+                                    dropped(GuestLin(first), n);
+                                }
+                            }
+                        }
+                    }
                 }
             }
             if let Some((at, n)) = run {

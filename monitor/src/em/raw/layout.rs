@@ -51,7 +51,11 @@ impl Layout {
         let place = self.data(GuestLin(self.vcpu)).0;
         let fits = |base: &u32| {
             let first = base.wrapping_sub(USER_TRAMP_LEN);
-            *base < 0xc000_0000 && place.wrapping_sub(first) >= USER_TRAMP_LEN + TRAMP_LEN
+            let len = USER_TRAMP_LEN + TRAMP_LEN;
+            let apart = |at: u32, size: u32| at.wrapping_sub(first) >= len && first.wrapping_sub(at) >= size;
+            *base < 0xc000_0000
+                && apart(place, 2 * 4096)
+                && USER_TRAMPS.iter().all(|user| apart(*user, USER_TRAMP_LEN))
         };
         match patm::good_bases(top).find(fits) {
             Some(tramp) => Layout { tramp, ..self },

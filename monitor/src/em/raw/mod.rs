@@ -589,6 +589,10 @@ impl RawEngine {
         w.vcpu_write(vp::CR4, cpu.cr4);
         w.vcpu_write(vp::GDT_BASE, cpu.gdtr.base);
         w.vcpu_write(vp::GDT_LIMIT, u32::from(cpu.gdtr.limit));
+        w.vcpu_write(vp::IDT_BASE, cpu.idtr.base);
+        w.vcpu_write(vp::IDT_LIMIT, u32::from(cpu.idtr.limit));
+        w.vcpu_write(vp::LDTR, u32::from(cpu.ldtr.selector));
+        w.vcpu_write(vp::TR, u32::from(cpu.tr.selector));
         Ok(())
     }
 }
@@ -740,6 +744,16 @@ mod tests {
         for l in Layout::CANDIDATES {
             let tramp = l.tramp_as_data();
             assert!([l.vcpu, l.gate].iter().all(|a| !l.behind_trampolines(GuestLin(*a))));
+            for top in 0..=u8::MAX {
+                let near = l.near(top);
+                assert!([l.vcpu, l.gate].iter().all(|a| !near.behind_trampolines(GuestLin(*a))), "{top:x}");
+                for base in layout::USER_TRAMPS {
+                    let apart = base.wrapping_sub(near.user_tramp())
+                        >= layout::TRAMP_LEN + layout::USER_TRAMP_LEN
+                        && near.user_tramp().wrapping_sub(base) >= layout::USER_TRAMP_LEN;
+                    assert!(apart, "{top:x}: {base:x} and {near:x?}");
+                }
+            }
             assert_eq!(l.tramp & 0xff_ffff, 0);
             assert!(
                 l.reserved(GuestLin(l.vcpu)) && l.reserved(GuestLin(l.gate)) && l.reserved(GuestLin(tramp))

@@ -53,7 +53,8 @@ impl SegmentCache {
 
     /// The same for the vCPU page of a new world.
     pub(super) fn for_new_world(&self) -> SegmentCache {
-        let changed = (0..self.entries.len() as u8).filter(|i| self.entries[usize::from(*i)].is_some()).collect();
+        let changed =
+            (0..self.entries.len() as u8).filter(|i| self.entries[usize::from(*i)].is_some()).collect();
         SegmentCache { changed, ..self.clone() }
     }
 }

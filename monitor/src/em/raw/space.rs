@@ -21,6 +21,8 @@ const FIRST_SLOT: u16 = 0x800;
 const LAST_SLOT: u16 = 8191;
 /// More host mappings than this, and the view (data or code) is emptied (vm.max_map_count is 65,530 by default).
 const MAX_SMALL_MAPPINGS: usize = 24_000;
+/// The most pages of nothing unmapped to save a call.
+const MAX_GAP: u32 = 64;
 
 /// What a space is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -231,12 +233,9 @@ impl Space {
     ) -> Result<Vec<GuestLin>, WorldError> {
         let mut result = Ok(());
         let mut gone = Vec::new();
-        let world = &mut self.world;
-        self.data.sync(m, cpu, scope, |at, pages| {
-            if result.is_ok() {
-                result = unmap_data(world.as_mut(), layout, at, pages);
-            }
-        });
+        let mut runs = Vec::new();
+        self.data.sync(m, cpu, scope, |at, pages| runs.push((at.page_number(), pages)));
+        self.unmap_stale(runs, layout)?;
         let world = &mut self.world;
         self.code.sync(m, cpu, scope, |at, pages| {
             if result.is_ok() {
@@ -245,6 +244,32 @@ impl Space {
             gone.extend((0..pages).map(|i| at.wrapping_add(i << 12)));
         });
         result.map(|()| gone)
+    }
+
+    /// Unmaps runs of data pages (page number, pages), together with what is between them where that is nothing: one call
+    /// of the host costs more than looking at a few pages.
+    fn unmap_stale(&mut self, mut runs: Vec<(u32, u32)>, layout: &Layout) -> Result<(), WorldError> {
+        runs.sort_unstable();
+        let mut i = 0;
+        while let Some(&(first, pages)) = runs.get(i) {
+            let mut end = first + pages;
+            i += 1;
+            while let Some(&(next, pages)) = runs.get(i) {
+                let nothing = |page: u32| {
+                    let at = GuestLin(page << 12);
+                    !self.data.get(at).mapped()
+                        && !layout.reserved(at)
+                        && !self.code.get(layout.code_in_place_of(at)).mapped()
+                };
+                if next - end > MAX_GAP || !(end..next).all(nothing) {
+                    break;
+                }
+                end = next + pages;
+                i += 1;
+            }
+            unmap_data(self.world.as_mut(), layout, GuestLin(first << 12), end - first)?;
+        }
+        Ok(())
     }
 
     /// Follows `invlpg`: drops the page of `lin` from both views, all of it if it is a large one. Returns the pages that
