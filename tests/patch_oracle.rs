@@ -496,7 +496,7 @@ fn follow(
                     if end.is_none()
                         && let Some(which) = loaded_segment(&instruction)
                     {
-                        raw.cache_segment(cpu, m, which).map_err(|e| e.to_string())?;
+                        raw.cache_segment(cpu, m, which);
                     }
                     if r.one_in(4) {
                         burst = r.below(6) as i32;
