@@ -125,5 +125,7 @@ fn every_kick_is_answered_by_a_kick_exit_after_it() {
         }
     }
     thread.join().unwrap();
-    assert_eq!(answered.load(Ordering::SeqCst), 2000);
+    // A run that answers a kick while it is being made may be followed by one more exit for it.
+    let answered = answered.load(Ordering::SeqCst);
+    assert!((2000..=4000).contains(&answered), "{answered}");
 }

@@ -167,9 +167,9 @@ impl RawEngine {
                     .user_selectors(cpu, m, &regs, expected)
                     .map_or_else(|trap| After::Deliver(Event::Exception(trap)), |_| After::Interpret))
             }
-            (Origin::Trampoline { supervisor: true }, WorldExit::Fault { vector: 14, error_code, cr2 }) => {
+            (Origin::Trampoline { supervisor: true }, WorldExit::Fault { vector: 14, .. }) => {
                 self.user_flags(cpu, regs.eflags);
-                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, error_code, cr2, exit)
+                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, exit)
             }
             _ => self.read_back_user(cpu, m, Place::Kernel(number), &regs, expected, exit),
         }
@@ -241,8 +241,8 @@ impl RawEngine {
                 cpu.eip = cpu.eip.wrapping_sub(2);
                 Ok(After::Interpret)
             }
-            WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, error_code, cr2, exit)
+            WorldExit::Fault { vector: 14, .. } => {
+                self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, exit)
             }
             WorldExit::Fault { vector: 13, .. } => {
                 if !in_trampoline {
@@ -368,9 +368,7 @@ impl RawEngine {
                 cpu.eip = cpu.eip.wrapping_sub(2);
                 Ok(After::Interpret)
             }
-            WorldExit::Fault { vector: 14, error_code, cr2 } => {
-                self.page_fault(cpu, m, place, Privilege::User, error_code, cr2, exit)
-            }
+            WorldExit::Fault { vector: 14, .. } => self.page_fault(cpu, m, place, Privilege::User, exit),
             WorldExit::Fault { vector: 13, .. } => {
                 let lin = GuestLin(cpu.linear_eip());
                 let pfn = match place {
@@ -429,10 +427,9 @@ impl RawEngine {
         m: &mut Machine,
         place: Place,
         privilege: Privilege,
-        error_code: u32,
-        cr2: u32,
         exit: WorldExit,
     ) -> Result<After, RawError> {
+        let WorldExit::Fault { error_code, cr2, .. } = exit else { return Ok(After::Continue) };
         let supervisor = privilege == Privilege::Supervisor;
         let kernel_world = matches!(place, Place::Kernel(_));
         let (eip, cpl) = (cpu.eip, cpu.cpl);
