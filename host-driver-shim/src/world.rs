@@ -134,6 +134,20 @@ pub struct FillRules {
     pub reserved: u32,
 }
 
+/// What `cpuid` of ring 3 answers for a leaf.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct CpuidRow {
+    /// EAX before.
+    pub leaf: u32,
+    /// ECX before, unless `any_subleaf` is not 0.
+    pub subleaf: u32,
+    /// Not 0: the leaf has no subleaves.
+    pub any_subleaf: u32,
+    /// EAX, EBX, ECX, EDX after.
+    pub registers: [u32; 4],
+}
+
 /// An entry of a guest descriptor table as the monitor saw it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
@@ -259,6 +273,8 @@ pub trait World {
     fn faults_delivered(&self) -> u32 {
         0
     }
+    /// Lets the world answer `cpuid` of ring 3 by itself: with these rows, and zeros for what is in none. None: it may not.
+    fn set_cpuid(&mut self, _rows: &[CpuidRow]) {}
     /// The sites a world may do by itself from the next run on.
     fn set_quick(&mut self, _table: &[Quick; QUICK_SITES]) {}
     /// How many of those instructions the world says it has done, ever (wraps).

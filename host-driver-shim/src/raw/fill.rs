@@ -12,8 +12,9 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::arena::{Arena, ArenaMap};
+use super::rc_cpuid::{CpuidTable, ROWS};
 use super::rc_quick::QUICK;
-use crate::world::{DeliveryRules, Fill, FillRules, Quick, WorldLin};
+use crate::world::{CpuidRow, DeliveryRules, Fill, FillRules, Quick, WorldLin};
 
 /// Pages of a world.
 const PAGES: u32 = 1 << 20;
@@ -177,6 +178,19 @@ impl ArenaMap {
     /// How many instructions of the quick table the world says it has done, ever.
     pub(crate) fn quick_done(&self) -> u32 {
         self.fill_word(offset_of!(FillArea, quick_done)).load(Relaxed)
+    }
+
+    /// As many rows as there is room for; with more, none.
+    pub(crate) fn set_cpuid(&self, rows: &[CpuidRow]) {
+        let n = if rows.len() > ROWS { 0 } else { rows.len() };
+        let at = offset_of!(Arena, cpuid) + offset_of!(CpuidTable, row);
+        // SAFETY: n rows fit the table, which lies inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy(rows.as_ptr().cast(), to, n * size_of::<CpuidRow>());
+        }
+        let at = offset_of!(Arena, cpuid) + offset_of!(CpuidTable, rows);
+        let _in_range = self.shared().write_u32(at as u64, n as u32);
     }
 
     pub(crate) fn set_delivery_rules(&self, rules: &DeliveryRules) {

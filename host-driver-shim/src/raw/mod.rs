@@ -16,6 +16,7 @@ mod init;
 mod jail;
 mod rc;
 pub mod rc_deliver;
+mod rc_cpuid;
 mod rc_fill;
 mod rc_quick;
 pub mod rc_walk;
@@ -30,7 +31,7 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
     WorldError, WorldExit, WorldLin,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
@@ -480,6 +481,10 @@ impl World for RawWorld {
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
         self.process.arena.set_fill_rules(rules);
+    }
+
+    fn set_cpuid(&mut self, rows: &[CpuidRow]) {
+        self.process.arena.set_cpuid(rows);
     }
 
     fn set_quick(&mut self, table: &[Quick; QUICK_SITES]) {

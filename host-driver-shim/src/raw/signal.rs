@@ -13,6 +13,7 @@ use super::entry::{
     bad_state_address, resume_range, return_range, subring_rc_leave, subring_rc_resume, subring_rc_return,
 };
 use super::rc::{arena, death, die};
+use super::rc_cpuid;
 use super::rc_deliver;
 use super::rc_fill::{self, Answer};
 use crate::shared::copy;
@@ -25,6 +26,7 @@ pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
 const CS64: u64 = 0x33;
 const TF: i64 = 0x100;
 const PAGE_FAULT: i64 = 14;
+const GENERAL_PROTECTION: i64 = 13;
 const FOUR_GIB: u64 = 1 << 32;
 
 /// The handler of every signal, called by `subring_rc_signal_entry`.
@@ -57,6 +59,20 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                     }
                 }
                 Answer::Monitors => {}
+            }
+        }
+        if signal == libc::SIGSEGV && code > 0 && greg(gregs, libc::REG_TRAPNO) == GENERAL_PROTECTION {
+            let word = |index| greg(gregs, index) as u32;
+            let (eip, flags) = (word(libc::REG_RIP), word(libc::REG_EFL));
+            let (leaf, subleaf) = (word(libc::REG_RAX), word(libc::REG_RCX));
+            if let Some(answer) = rc_cpuid::answer(arena, eip, csgsfs as u16, flags, leaf, subleaf) {
+                let order = [libc::REG_RAX, libc::REG_RBX, libc::REG_RCX, libc::REG_RDX];
+                for (register, value) in order.into_iter().zip(answer) {
+                    gregs[register as usize] = i64::from(value);
+                }
+                gregs[libc::REG_RIP as usize] = i64::from(eip.wrapping_add(2));
+                (*arena).returning.store(uc.expose_provenance() as u64, Release);
+                subring_rc_return();
             }
         }
         save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);

@@ -17,6 +17,7 @@ pub use host::{HostFacts, Vendor};
 pub use msrs::{MSRS, MsrKind, MsrRow, VendorSet, WrmsrEffect};
 
 use crate::cpum::CpuState;
+use host_driver_shim::world::CpuidRow;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -47,6 +48,11 @@ pub struct CpuPolicy {
     microcode: u32,
     arch_capabilities: u64,
     invariant_tsc: bool,
+}
+
+/// Leaves that look at ECX.
+fn has_subleaves(leaf: u32) -> bool {
+    matches!(leaf, 4 | 7)
 }
 
 impl CpuPolicy {
@@ -178,8 +184,20 @@ impl CpuPolicy {
     /// CPUID: EAX, EBX, ECX, EDX. Leaves that are not shown answer zeros.
     #[must_use]
     pub fn cpuid(&self, _cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let subleaf = if matches!(leaf, 4 | 7) { subleaf } else { 0 };
+        let subleaf = if has_subleaves(leaf) { subleaf } else { 0 };
         self.leaves.get(&(leaf, subleaf)).copied().unwrap_or_default()
+    }
+
+    /// All leaves that are not zeros, as worlds answer them.
+    #[must_use]
+    pub fn rows(&self) -> Vec<CpuidRow> {
+        let row = |(&(leaf, subleaf), &registers): (&(u32, u32), &[u32; 4])| CpuidRow {
+            leaf,
+            subleaf,
+            any_subleaf: u32::from(!has_subleaves(leaf)),
+            registers,
+        };
+        self.leaves.iter().map(row).collect()
     }
 
     /// The bit is set in what the guest sees.

@@ -78,6 +78,14 @@ impl Space {
         }
     }
 
+    /// Tells a new world what `cpuid` of ring 3 answers.
+    pub fn tell_cpuid(&mut self, m: &Machine) {
+        if !self.cpuid_told {
+            self.cpuid_told = true;
+            self.world.set_cpuid(&m.policy.rows());
+        }
+    }
+
     /// Enters in the shadow what the world says it mapped in the run that just ended. A lie is believed as far as it is
     /// possible at all: it spoils the guest's own memory and nothing else.
     ///

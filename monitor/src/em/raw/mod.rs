@@ -511,6 +511,7 @@ impl RawEngine {
             space.install(descriptors, selector)?;
         }
         let layout = self.layout;
+        space.tell_cpuid(m);
         space.allow_fills(cpu, &layout, user_cs, self.boundary);
         let entered = host_tsc();
         let exit = space.run(&mut regs);

@@ -164,6 +164,8 @@ pub struct Space {
     installed_generation: u32,
     /// What the world was told about filling its shadow (`in_world.rs`).
     pub(super) fill_rules: Option<FillRules>,
+    /// The world knows what `cpuid` answers.
+    pub(super) cpuid_told: bool,
     /// Shadow misses the world says it has filled by itself.
     pub filled: u64,
 }
@@ -187,6 +189,7 @@ impl Space {
             installed_generation: 0,
             fill_rules: None,
             filled: 0,
+            cpuid_told: false,
         }
     }
 
