@@ -11,6 +11,10 @@ use super::fill::{NO_FAULT, Note, is_set, note, put};
 use super::rc::unmap;
 use super::rc_deliver::SELECTORS;
 
+/// CS in [`crate::world::HwRegs::sel`].
+const CS: usize = 1;
+/// What ring 0 runs with at the sites of the table: the host's flat 32-bit code segment.
+const KERNEL_CS: u16 = 0x23;
 /// Entries of the table.
 pub(crate) const QUICK: usize = crate::world::QUICK_SITES;
 
@@ -60,6 +64,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     area.last.store(NO_FAULT, Relaxed);
     area.quick_done.store(area.quick_done.load(Relaxed).wrapping_add(1), Relaxed);
     regs.eip = quick.resume;
+    // The gate cannot tell CS: what is there is from the last entry, which may have been one of ring 3.
+    regs.sel[CS] = KERNEL_CS;
     // SAFETY: as above.
     unsafe { (&raw mut (*a).regs).write_volatile(regs) };
     true

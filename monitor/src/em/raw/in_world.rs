@@ -148,7 +148,9 @@ impl RawEngine {
             iced_x86::Register::SS => seg::SS,
             _ => return,
         };
-        if !plain || !cpu.seg[segment].is_flat() || self.quick.iter().any(|q| q.reason == reason) {
+        let flat_cs = cpu.seg[seg::CS].base == 0 && cpu.seg[seg::CS].limit == u32::MAX;
+        if !plain || !flat_cs || !cpu.seg[segment].is_flat() || self.quick.iter().any(|q| q.reason == reason)
+        {
             return;
         }
         let next = at.0.wrapping_add(i.len() as u32);
