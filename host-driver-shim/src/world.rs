@@ -193,12 +193,25 @@ pub struct DeliveryRules {
     pub user_ss_host: u32,
 }
 
-/// A site whose `invlpg [base + displacement]` a world may do by itself when its trampoline leaves by the gate.
+/// What a world may do by itself when a trampoline leaves by the gate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u32)]
+pub enum QuickKind {
+    /// `invlpg [base + displacement]`.
+    #[default]
+    Invlpg = 0,
+    /// Map the page whose fault was last delivered from ring 3, and do the `iret` again.
+    Refill = 1,
+}
+
+/// A site that a world may do by itself when its trampoline leaves by the gate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct Quick {
     /// The reason word; 0: no entry.
     pub reason: u32,
+    /// What to do.
+    pub kind: QuickKind,
     /// Number of the base register in encoding order, 0..=7.
     pub base: u32,
     /// Added to it.
@@ -207,7 +220,7 @@ pub struct Quick {
     pub segment: u32,
     /// That selector.
     pub selector: u32,
-    /// The world EIP behind the instruction.
+    /// The world EIP behind the instruction, or of what does it again.
     pub resume: u32,
 }
 

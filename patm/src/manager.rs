@@ -516,6 +516,13 @@ impl Patm {
         Some((patch, site, kind))
     }
 
+    /// Where the hardware must go on to do the site of a reason word again, state untouched.
+    #[must_use]
+    pub fn restart_eip(&self, reason: u32) -> Option<u32> {
+        let (patch, site, _) = self.by_reason(reason)?;
+        forward(patch, site.at.0)
+    }
+
     /// What `eip`, where the hardware stopped, is.
     #[must_use]
     pub fn locate(&self, eip: u32) -> Location {

@@ -65,6 +65,8 @@ pub(crate) fn enter_user(e: &mut Emitter, slow: Label, count: bool) {
     e.jcc(Cond::NotEqual, slow);
     e.cmp_imm(page::PENDING, 0);
     e.jcc(Cond::NotEqual, slow);
+    e.cmp_imm(page::REFILL, 0);
+    e.jcc(Cond::NotEqual, slow);
     e.op(&[0x0f, 0xb7, 0x44, 0x24, 0x10]); // movzx eax, word [esp + 16]: SS
     e.page_op(&[0x3b], EAX, page::USER_SS);
     e.jcc(Cond::NotEqual, slow);

@@ -133,6 +133,9 @@ pub const KERNEL_SS_HOST: u32 = 0x3d0;
 pub const KERNEL_CS_HOST: u32 = 0x3d8;
 /// The EIP of the handler: the offset of `KERNEL_CS_HOST`. u32.
 pub const GATE_TARGET: u32 = KERNEL_CS_HOST;
+/// Not 0: `iret` to ring 3 leaves by the gate, so that the page whose fault it returns from can be mapped on the way.
+/// Written and understood by the world's runtime. u32.
+pub const REFILL: u32 = 0x3e0;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):
 /// u32 descriptor low, u32 descriptor high (as read from the guest's GDT when the monitor cached it), u32 host selector
 /// for guest ring 0, and a u32 which is 0 for an invalid entry, else 1 in its lower half and in its upper half what

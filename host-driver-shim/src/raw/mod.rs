@@ -15,8 +15,8 @@ mod fill;
 mod init;
 mod jail;
 mod rc;
-pub mod rc_deliver;
 mod rc_cpuid;
+pub mod rc_deliver;
 mod rc_fill;
 mod rc_quick;
 pub mod rc_walk;
@@ -31,8 +31,8 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
-    WorldError, WorldExit, WorldLin,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick,
+    World, WorldError, WorldExit, WorldLin,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};

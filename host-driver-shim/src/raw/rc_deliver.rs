@@ -26,6 +26,12 @@ pub const CR2: u32 = 0x2c;
 pub const HOST_RING0: u32 = 0x320;
 /// As [`CPL`].
 pub const HOST_RING3: u32 = 0x340;
+/// As [`CPL`]. Guest linear page of the fault last delivered from ring 3, with [`REFILL_WRITE`] if it was a write; bit 0
+/// is set, so it is never 0.
+pub const REFILL: u32 = 0x3e0;
+/// In [`REFILL`].
+pub(crate) const REFILL_WRITE: u32 = 2;
+const PF_WRITE: u32 = 2;
 
 /// Encoding order: ES, CS, SS, DS, FS, GS.
 const CS: usize = 1;
@@ -73,7 +79,7 @@ impl Guest<'_> {
 ///
 /// # Safety
 /// In a world, `a` is its mapped arena with the registers of the interrupted guest code, and the world has the turn.
-pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32) -> bool {
+pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bool) -> bool {
     // SAFETY: by contract; the monitor writes the rules only when it has the turn.
     let (rules, fill, pages) = unsafe {
         (
@@ -146,6 +152,10 @@ pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32) -> bool {
     if from3 {
         word(nth(SELECTORS, SS)).store(rules.ss, Relaxed);
         word(CPL).store(0, Relaxed);
+        if !fetch {
+            let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
+            word(REFILL).store(lin & !0xfff | write | 1, Relaxed);
+        }
         word(HIDDEN_FLAGS).store(hidden & IOPL, Relaxed);
         regs.sel[SS] = rules.ss_host as u16;
         for i in DATA {

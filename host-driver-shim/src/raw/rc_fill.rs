@@ -20,7 +20,7 @@ const LARGE_PAGES: u32 = 512;
 /// World pages below this are never mapped (vm.mmap_min_addr of an ordinary account).
 const LOW_PAGES: u32 = 16;
 /// Page-fault error code: a write.
-const PF_WRITE: u32 = 2;
+pub(crate) const PF_WRITE: u32 = 2;
 /// Page-fault error code: a fetch.
 const PF_FETCH: u32 = 16;
 
@@ -112,7 +112,7 @@ pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> Ans
 ///
 /// # Safety
 /// As [`answer`].
-unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+pub(crate) unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, rules) = unsafe { (&raw const (*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
     if error & PF_FETCH != 0 || !rules.mode.contains(FillMode::ENABLED) {

@@ -1,5 +1,5 @@
-//! Sensitive instructions that a world does by itself when their trampoline leaves by the gate: `invlpg` of a small page
-//! that only the data view shows.
+//! What a world does by itself when a trampoline leaves by the gate: `invlpg` of a small page that only the data view
+//! shows, and mapping the page of the fault that an `iret` returns from, which saves ring 3 a second fault.
 //!
 //! The monitor says by [`Quick`] which reason words mean what. The world's page is unmapped here and the flush noted for
 //! the monitor, which follows it in the other worlds.
@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::arena::{Arena, GATE_REASON, exit_kind, vcpu_word};
 use super::fill::{NO_FAULT, Note, is_set, note, put};
 use super::rc::unmap;
-use super::rc_deliver::SELECTORS;
+use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
+use super::rc_fill::{self, PF_WRITE};
+use crate::world::QuickKind;
 
 /// CS in [`crate::world::HwRegs::sel`].
 const CS: usize = 1;
@@ -32,6 +34,10 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     // SAFETY: by contract; the monitor writes the table only when it has the turn.
     let table = unsafe { (&raw const (*a).quick).read_volatile() };
     let Some(quick) = table.iter().find(|q| q.reason == reason) else { return false };
+    if quick.kind == QuickKind::Refill {
+        // SAFETY: by contract.
+        return unsafe { refill(a, quick.resume) };
+    }
     // SAFETY: by contract.
     let selector =
         unsafe { vcpu_word(a, SELECTORS.wrapping_add(quick.segment.wrapping_mul(4))).load(Relaxed) };
@@ -68,5 +74,31 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     regs.sel[CS] = KERNEL_CS;
     // SAFETY: as above.
     unsafe { (&raw mut (*a).regs).write_volatile(regs) };
+    true
+}
+
+/// Maps the page for which ring 3 would fault again right behind the `iret`, and does that again.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn refill(a: *mut Arena, resume: u32) -> bool {
+    // SAFETY: by contract.
+    let word = unsafe { vcpu_word(a, REFILL) };
+    let wanted = word.swap(0, Relaxed);
+    if wanted == 0 {
+        return false;
+    }
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn.
+    let rules = unsafe { (&raw const (*a).fill.rules).read_volatile() };
+    let place = (wanted & !0xfff).wrapping_add(rules.delta);
+    let error = if wanted & REFILL_WRITE != 0 { PF_WRITE } else { 0 };
+    // If that does not work, ring 3 will fault, and it is looked at then.
+    // SAFETY: by contract.
+    let _filled = unsafe { rc_fill::fill(a, place, error, rules.user_cs as u16) };
+    // SAFETY: by contract: while the world has the turn only we touch its registers.
+    unsafe {
+        (&raw mut (*a).regs.eip).write_volatile(resume);
+        (&raw mut (*a).regs.sel[CS]).write_volatile(KERNEL_CS);
+    }
     true
 }

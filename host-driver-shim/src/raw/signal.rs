@@ -26,6 +26,8 @@ pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
 const CS64: u64 = 0x33;
 const TF: i64 = 0x100;
 const PAGE_FAULT: i64 = 14;
+/// Page-fault error code: a fetch.
+const PF_FETCH: u32 = 16;
 const GENERAL_PROTECTION: i64 = 13;
 const FOUR_GIB: u64 = 1 << 32;
 
@@ -54,7 +56,7 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                 }
                 Answer::Guests { error_code, lin } => {
                     save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
-                    if rc_deliver::deliver(arena, error_code, lin) {
+                    if rc_deliver::deliver(arena, error_code, lin, error & PF_FETCH != 0) {
                         subring_rc_resume();
                     }
                 }

@@ -56,6 +56,9 @@ impl RawEngine {
                 };
                 let (sensitive, at) = (site.kind, site.at);
                 if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Iret {
+                    if world.vcpu_read(vp::REFILL) != 0 {
+                        self.learn_refill(reason);
+                    }
                     self.retract_transitions(number);
                 }
                 if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Invlpg {

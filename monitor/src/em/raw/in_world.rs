@@ -8,7 +8,7 @@ use crate::pgm::shadow::Entry;
 use crate::pgm::walk::Leaf;
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::raw::rc_walk::right;
-use host_driver_shim::world::{Fill, FillMode, FillRules, Quick, WorldError};
+use host_driver_shim::world::{Fill, FillMode, FillRules, Quick, QuickKind, WorldError};
 
 /// The longest run a world can have mapped: a large page's worth.
 const MAX_RUN: u32 = 512;
@@ -156,12 +156,27 @@ impl RawEngine {
         let next = at.0.wrapping_add(i.len() as u32);
         let quick = Quick {
             reason,
+            kind: QuickKind::Invlpg,
             base: i.memory_base().number() as u32,
             displacement: i.memory_displacement32(),
             segment: segment as u32,
             selector: u32::from(cpu.seg[segment].selector),
             resume: self.kernel_code.patm.resume_eip(next),
         };
+        self.enter_quick(quick);
+    }
+
+    /// An `iret` to ring 3 has left by the gate because a page is to be mapped on the way: worlds do that from now on.
+    pub(super) fn learn_refill(&mut self, reason: u32) {
+        if self.quick.iter().any(|q| q.reason == reason) && self.quick_changes == self.kernel_code.changes {
+            return;
+        }
+        if let Some(resume) = self.kernel_code.patm.restart_eip(reason) {
+            self.enter_quick(Quick { reason, kind: QuickKind::Refill, resume, ..Quick::default() });
+        }
+    }
+
+    fn enter_quick(&mut self, quick: Quick) {
         if self.quick_changes != self.kernel_code.changes {
             self.forget_quick();
         }

@@ -575,6 +575,7 @@ impl RawEngine {
         self.publish_quick(number);
         let w = &mut self.kernels[number].world;
         w.vcpu_write(vp::CPL, u32::from(cpu.cpl));
+        w.vcpu_write(vp::REFILL, 0);
         w.vcpu_write(vp::IF_FLAG, cpu.eflags & eflags::IF);
         w.vcpu_write(vp::PENDING, u32::from(interrupt_waits));
         w.vcpu_write(vp::HIDDEN_FLAGS, cpu.eflags & (eflags::IOPL | eflags::NT | eflags::AC | eflags::ID));
