@@ -60,7 +60,7 @@ fn a_session_on_a_terminal() {
         ("patches", "refused"),
         ("csam", "scans"),
         ("faults", "top sites"),
-        ("worlds", "ring 0"),
+        ("worlds", "all rings of cr3"),
         ("memory", "256 MiB"),
     ] {
         guest.expect("(subring) ", SOON);

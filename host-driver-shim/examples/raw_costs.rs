@@ -140,7 +140,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             [("1000 #PF answered in the world, one page each", 16), ("  the same, 8 mappings each", 2)]
         {
             for i in 0..64 * 1024u32 {
-                let frame = i.wrapping_mul(40503) % 0x8000 << 12;
+                let frame = (i.wrapping_mul(40503) % 0x8000) << 12;
                 let at = tables + 0x1000 + u64::from(i) * 4;
                 ram.write_u32(at, frame | if i % every == 0 { 0x67 } else { 0 }).ok_or("RAM")?;
             }

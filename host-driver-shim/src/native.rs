@@ -366,7 +366,8 @@ pub fn allowed(i: &Instruction) -> bool {
 }
 
 /// Whether the host CPU has what an instruction needs.
-fn host_has(code: Code) -> bool {
+#[must_use]
+pub fn host_has(code: Code) -> bool {
     use CpuidFeature as F;
     code.cpuid_features().iter().all(|f| match f {
         F::SSE3 => is_x86_feature_detected!("sse3"),

@@ -169,7 +169,8 @@ fn user_code_that_loaded_another_segment_is_left_to_the_monitor() {
 
 #[test]
 fn watched_frames_code_and_reservations_are_left_to_the_monitor() {
-    let cases: [(&str, fn(&mut Guest), WorldExit); 6] = [
+    type Case = (&'static str, fn(&mut Guest), WorldExit);
+    let cases: [Case; 6] = [
         ("a write to a watched frame", |g| g.ram.set_watched(FRAMES + 5, true), page_fault(true, true, 5)),
         (
             "a watched page table",

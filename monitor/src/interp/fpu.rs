@@ -166,6 +166,10 @@ impl Exec<'_> {
     }
 
     fn run_natively(&mut self) -> Res<Flow> {
+        // What the host CPU lacks, the guest's CPU lacks: before anything is looked at.
+        if !native::host_has(self.i.code()) {
+            return Err(Trap::UD);
+        }
         let class = class(self.i);
         self.check_fpu(class)?;
         let uses_mm = (0..self.i.op_count())
@@ -192,7 +196,6 @@ impl Exec<'_> {
         match with_native(|native| native.execute(self.i, &mut fx.0, &mut regs)) {
             Some(Ok(())) => {}
             Some(Err(NativeError::Pending)) => return Err(Trap::MF),
-            // What the host CPU lacks, the guest's CPU lacks.
             Some(Err(_)) | None => return Err(Trap::UD),
         }
         let raised = fx.u32_at(24) & 0x3f;
