@@ -35,8 +35,10 @@ use ticker::Ticker;
 
 /// Instructions interpreted in a row before the loop looks around.
 const INTERPRETER_SLICE: u32 = 2048;
-/// Instructions interpreted on after one that had to be, in the hope of meeting the next: about what an exit costs.
+/// Instructions interpreted on after one that had to be, in the hope of meeting the next, where nothing is known yet.
 const BURST: u32 = 256;
+/// The next one met after so many instructions is no gain: an exit costs as much as interpreting about these.
+const BURST_WORTH: u32 = 64;
 /// The least a site is given that has just met another.
 const BURST_PAID: u32 = 64;
 /// A site whose budget has shrunk below this is left at once.
@@ -402,8 +404,14 @@ impl Em {
                 || self.m.code_writes.len() != writes
             {
                 self.burst_hits += 1;
-                let paid = (2 * burst.used).max(self.budget(burst.site)).clamp(BURST_PAID, BURST);
-                self.set_budget(burst.site, paid);
+                let budget = self.budget(burst.site);
+                let next = if burst.used <= BURST_WORTH {
+                    (2 * burst.used).max(budget).clamp(BURST_PAID, BURST)
+                } else {
+                    // It was met, but an exit would have cost less.
+                    budget - budget / 4
+                };
+                self.set_budget(burst.site, next);
                 let left = self.budget(start);
                 burst = Burst { site: start, used: 0, left };
                 let cause = if self.m.code_writes.len() != writes {
