@@ -261,8 +261,8 @@ struct form { const char *name; void (*run)(void), (*instruction)(void); u32 fla
     X(ldt_flat_ds, W|C, 1, "movl $7, %ecx; movw %cx, %ds", "movl %eax, (%edx)") \
     X(ldt_flat_gs, R|C, 1, "movl $7, %ecx; movw %cx, %gs", "movl %gs:(%edx), %eax") \
     X(ldt_flat_ss, W|C, 1, "movl $7, %ecx; movw %cx, %ss", "movl %eax, %ss:(%edx)") \
-    X(ldt_expand_down, R|C, 1, "movl $15, %ecx; movw %cx, %fs", "movl %fs:(%edx), %eax") \
-    X(ldt_expand_down_ds, R|C, 1, "movl $15, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
+    X(ldt_expand_down, R, 1, "movl $15, %ecx; movw %cx, %fs", "movl %fs:(%edx), %eax") \
+    X(ldt_expand_down_ds, R, 1, "movl $15, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
     X(ldt_based_gs, R|C|GAP, 1, "movl $23, %ecx; movw %cx, %gs", "movl %gs:-0x1000(%edx), %eax") \
     X(ldt_based_ss, W, 1, "movl $23, %ecx; movw %cx, %ss", "movl %eax, %ss:-0x1000(%edx)") \
     X(ldt_code, R, 1, "pushl $31; pushl $at_ldt_code; lret", "movl %cs:(%edx), %eax; ljmp $0x73, $done") \
