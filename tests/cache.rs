@@ -106,6 +106,11 @@ pub fn rows_program() -> Result<PathBuf, SkipReason> {
     compiled("rows")
 }
 
+/// `guests/isolation.c`, compiled for i386.
+pub fn isolation_program() -> Result<PathBuf, SkipReason> {
+    compiled("isolation")
+}
+
 /// `guests/NAME.c` as a static i386 program without a C library.
 fn compiled(name: &str) -> Result<PathBuf, SkipReason> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("guests/{name}.c"));

@@ -11,13 +11,14 @@ pub const SELFTEST_PASS: &str = "SUBRING-SELFTEST PASS";
 const INIT: &str = include_str!("guests/initramfs/init");
 
 /// Scripts that `subring.run=NAME` on the kernel's command line starts.
-pub const SCRIPTS: [(&str, &str); 6] = [
+pub const SCRIPTS: [(&str, &str); 7] = [
     ("selftest", include_str!("guests/initramfs/selftest")),
     ("poweroff", include_str!("guests/initramfs/poweroff")),
     ("reboot", include_str!("guests/initramfs/reboot")),
     ("idle", include_str!("guests/initramfs/idle")),
     ("compute", include_str!("guests/initramfs/compute")),
     ("rows", include_str!("guests/initramfs/rows")),
+    ("isolation", include_str!("guests/initramfs/isolation")),
 ];
 
 /// The applets a busybox binary holds, by its own sorted table of NUL-terminated names (`applet_tables.h`).

@@ -169,6 +169,13 @@ impl Segment {
             && self.limit == u32::MAX
             && (self.attr.contains(SegAttr::CODE) || !self.attr.contains(SegAttr::EXPAND_DOWN))
     }
+    /// A data segment whose offsets lie above its limit (SDM Vol. 3A, 3.4.5.1).
+    #[must_use]
+    pub fn expands_down(&self) -> bool {
+        self.present()
+            && self.attr.contains(SegAttr::CODE_OR_DATA | SegAttr::EXPAND_DOWN)
+            && !self.attr.contains(SegAttr::CODE)
+    }
     /// Usable at all: present.
     #[must_use]
     pub fn present(&self) -> bool {

@@ -68,6 +68,13 @@ impl Guest<'_> {
     fn read(&self, lin: u32) -> Option<u32> {
         self.ram.read(self.at(lin, false)?)
     }
+    /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `deliver` was told.
+    fn names_cs(&self, eip: u32) -> bool {
+        let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
+        let prefix =
+            |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
+        (0..4).map_while(|i| byte(eip.wrapping_add(i))).take_while(prefix).any(|b| b == 0x2e)
+    }
     /// The guest's table entry still is what the monitor saw.
     fn holds(&self, t: &Table) -> bool {
         self.read(t.at) == Some(t.low) && self.read(t.at.wrapping_add(4)) == Some(t.high)
@@ -113,6 +120,7 @@ pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bo
             || u32::from(regs.sel[SS]) != rules.user_ss_host
             || !DATA.iter().all(same)
             || !guest.holds(&rules.ss_descriptor)
+            || !fetch && guest.names_cs(regs.eip)
         {
             return false;
         }

@@ -414,13 +414,27 @@ impl RawEngine {
         expected: [u16; 6],
     ) -> Result<bool, Trap> {
         let mut reloaded = false;
+        let selectors = cpu.seg.map(|s| s.selector);
         for i in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
             if regs.sel[i] != expected[i] {
+                // `mov r, sreg` has read the host's number: the guest means the segment that register held.
+                let before = (0..6).find(|&j| expected[j] == regs.sel[i] && regs.sel[i] & !3 != 0);
                 reloaded = true;
-                selm::load_segment(cpu, m, i, regs.sel[i])?;
+                selm::load_segment(cpu, m, i, before.map_or(regs.sel[i], |j| selectors[j]))?;
             }
         }
         Ok(reloaded)
+    }
+
+    /// The instruction at EIP has a CS prefix (SDM Vol. 2A, 2.1.1).
+    fn reads_through_cs(cpu: &CpuState, m: &mut Machine) -> bool {
+        let mut byte = |i| {
+            let mut b = [0u8; 1];
+            m.fetch(cpu, GuestLin(cpu.linear_eip().wrapping_add(i)), &mut b).ok().map(|_| b[0])
+        };
+        let prefix =
+            |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
+        (0..4).map_while(&mut byte).take_while(prefix).any(|b| b == 0x2e)
     }
 
     /// A page fault in a world: ours to fill, the guest's to see, or an access that must be interpreted.
@@ -483,6 +497,10 @@ impl RawEngine {
                 self.map_user_code(m, cpu, place, lin, &leaf)?;
             }
             return after(self, Cause::Scan, After::Continue);
+        }
+        if !supervisor && Self::reads_through_cs(cpu, m) {
+            // A read of the code view, which need not show what the guest has there.
+            return after(self, Cause::Segment, After::Interpret);
         }
         let lin = layout.guest_of_data(WorldLin(cr2));
         let write = error_code & pf::WRITE != 0;

@@ -120,7 +120,9 @@ impl RawEngine {
     fn limits_hold(&mut self, cpu: &CpuState, m: &mut Machine) -> bool {
         let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
         let flat = |s: &Segment| s.is_flat() && s.big() && s.present();
-        if !flat(cs) || !flat(ss) || cpu.cr0 & cr0::WP == 0 {
+        // What expands down has no upper end that could be moved.
+        let down = [seg::ES, seg::DS, seg::FS, seg::GS].iter().any(|&i| cpu.seg[i].expands_down());
+        if !flat(cs) || !flat(ss) || down || cpu.cr0 & cr0::WP == 0 {
             return false;
         }
         if self.boundary.is_none() {

@@ -412,7 +412,7 @@ impl RawEngine {
     /// The host selector with which ring 3 may use a data segment in a joint world; 0: it may not.
     pub(super) fn ring3_selector(&mut self, s: &Segment) -> u16 {
         let Some(boundary) = self.boundary else { return 0 };
-        if s.present() && s.attr.dpl() == 3 {
+        if s.present() && s.attr.dpl() == 3 && !s.expands_down() {
             self.descriptors.selector(s, false, &self.layout, Some(boundary))
         } else {
             0
