@@ -168,8 +168,7 @@ impl Patm {
         }
         // The site is a branch's target: who only falls through to it is spared the trap.
         for &start in starts.iter().skip(1) {
-            let placed =
-                window(info, start, site.0, 5, &[site.0]).and_then(|w| self.try_jump(info, w, site.0));
+            let placed = window_to_target(info, start, site.0).and_then(|w| self.try_jump(info, w, site.0));
             if let Ok(placed) = placed {
                 return Ok(self.enter(placed, None));
             }

@@ -36,27 +36,22 @@ pub(crate) struct Note {
     pub(crate) rights: AtomicU32,
 }
 
-impl Note {
-    /// A note that is not in the log.
-    pub(crate) fn of(page: u32, pages: u32, pfn: u32, rights: u32) -> Note {
-        Note { page: page.into(), pages: pages.into(), pfn: pfn.into(), rights: rights.into() }
-    }
-}
-
-/// Appends to the log; false if it is full.
-pub(crate) fn note(area: &FillArea, what: &Note) -> bool {
-    let n = area.noted.load(Relaxed);
-    let Some(note) = area.log.get(n as usize) else { return false };
-    let pairs = [
-        (&note.page, &what.page),
-        (&note.pages, &what.pages),
-        (&note.pfn, &what.pfn),
-        (&note.rights, &what.rights),
-    ];
-    for (to, from) in pairs {
-        to.store(from.load(Relaxed), Relaxed);
-    }
-    area.noted.store(n.wrapping_add(1), Relaxed);
+/// Appends to the log, which `noted` counts; false if it is full.
+pub(crate) fn note(
+    log: &[Note; LOG],
+    noted: &AtomicU32,
+    page: u32,
+    pages: u32,
+    pfn: u32,
+    rights: u32,
+) -> bool {
+    let n = noted.load(Relaxed);
+    let Some(note) = log.get(n as usize) else { return false };
+    note.page.store(page, Relaxed);
+    note.pages.store(pages, Relaxed);
+    note.pfn.store(pfn, Relaxed);
+    note.rights.store(rights, Relaxed);
+    noted.store(n.wrapping_add(1), Relaxed);
     true
 }
 

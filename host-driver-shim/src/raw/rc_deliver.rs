@@ -51,6 +51,14 @@ const USER_ONLY: u32 = 0x100 | NT | 0x4_0000 | 0x20_0000;
 /// Flags the hardware has while guest code runs: always IF.
 const HOST_IF: u32 = IF;
 
+/// Whether the instruction whose bytes `byte` gives (none where there are none) has a CS prefix (SDM Vol. 2A, 2.1.1)
+/// among its first four bytes.
+pub fn has_cs_prefix(byte: impl FnMut(u32) -> Option<u8>) -> bool {
+    let prefix =
+        |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
+    (0..4).map_while(byte).take_while(prefix).any(|b| b == 0x2e)
+}
+
 /// Guest memory by guest linear address, with supervisor rights.
 struct Guest<'a> {
     ram: &'a Ram,
@@ -71,9 +79,7 @@ impl Guest<'_> {
     /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `deliver` was told.
     fn names_cs(&self, eip: u32) -> bool {
         let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
-        let prefix =
-            |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
-        (0..4).map_while(|i| byte(eip.wrapping_add(i))).take_while(prefix).any(|b| b == 0x2e)
+        has_cs_prefix(|i| byte(eip.wrapping_add(i)))
     }
     /// The guest's table entry still is what the monitor saw.
     fn holds(&self, t: &Table) -> bool {

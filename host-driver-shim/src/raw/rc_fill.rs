@@ -4,11 +4,11 @@
 //! What it does is what the monitor's `em/raw/fill.rs` does: same walk, same pages around, same write access. Whatever is
 //! not plain (code in the way, devices, watched frames, our own pages) is left to the monitor.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
-use super::fill::{LOG, NO_FAULT, Note, is_set, put};
+use super::fill::{LOG, NO_FAULT, Note, is_set, note, put};
 use super::rc::map;
 use super::rc_walk::{Access, Page, Tables, prefetch, refusal, right, walk};
 use crate::world::{FillMode, FillRules};
@@ -284,14 +284,8 @@ impl Runs<'_> {
         true
     }
 
+    /// There is room: [`Self::have_room`].
     fn note(&self, at: u32, pages: u32, pfn: u64, rights: u8) {
-        let n = self.noted.load(Acquire);
-        if let Some(note) = self.log.get(n as usize) {
-            note.page.store(at, Relaxed);
-            note.pages.store(pages, Relaxed);
-            note.pfn.store(pfn as u32, Relaxed);
-            note.rights.store(u32::from(rights), Relaxed);
-            self.noted.store(n.wrapping_add(1), Release);
-        }
+        let _room = note(self.log, self.noted, at, pages, pfn as u32, u32::from(rights));
     }
 }

@@ -7,7 +7,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::arena::{Arena, GATE_REASON, exit_kind, vcpu_word};
-use super::fill::{NO_FAULT, Note, is_set, note, put};
+use super::fill::{NO_FAULT, is_set, note, put};
 use super::rc::unmap;
 use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_fill::{self, PF_WRITE};
@@ -57,7 +57,7 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     if large || is_set(&area.foreign, lin >> 12) || is_set(&area.foreign, page) {
         return false;
     }
-    if !note(area, &Note::of(page, 0, 0, 0)) {
+    if !note(&area.log, &area.noted, page, 0, 0, 0) {
         return false;
     }
     if is_set(&area.present, page) {

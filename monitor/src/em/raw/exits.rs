@@ -426,15 +426,12 @@ impl RawEngine {
         Ok(reloaded)
     }
 
-    /// The instruction at EIP has a CS prefix (SDM Vol. 2A, 2.1.1).
+    /// The instruction at EIP has a CS prefix.
     fn reads_through_cs(cpu: &CpuState, m: &mut Machine) -> bool {
-        let mut byte = |i| {
+        raw::rc_deliver::has_cs_prefix(|i| {
             let mut b = [0u8; 1];
             m.fetch(cpu, GuestLin(cpu.linear_eip().wrapping_add(i)), &mut b).ok().map(|_| b[0])
-        };
-        let prefix =
-            |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
-        (0..4).map_while(&mut byte).take_while(prefix).any(|b| b == 0x2e)
+        })
     }
 
     /// A page fault in a world: ours to fill, the guest's to see, or an access that must be interpreted.

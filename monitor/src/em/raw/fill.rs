@@ -1,6 +1,5 @@
 //! Filling the shadow: mapping guest pages into worlds.
 
-use super::layout::USER_TRAMPS;
 use super::*;
 
 impl RawEngine {
@@ -120,9 +119,6 @@ impl RawEngine {
             let ours = |l: &Layout| {
                 [l.vcpu, l.gate, l.tramp_as_data()].iter().any(|a| a & !0x1f_ffff == region)
                     || l.behind_trampolines(GuestLin(region))
-                    || USER_TRAMPS
-                        .iter()
-                        .any(|b| l.guest_of_data(l.code(GuestLin(*b))).0 & !0x1f_ffff == region)
             };
             // The guest has memory right where we sit, and reads there would not fault.
             if ours(&self.layout) && self.moves < MAX_MOVES {

@@ -53,7 +53,7 @@ impl RawEngine {
                 PagingChange::Page(lin) => {
                     let layout = self.layout;
                     let mut gone = Vec::new();
-                    for space in self.kernels.iter_mut().chain(&mut self.users) {
+                    for space in self.spaces() {
                         let concerned = match space.role {
                             Role::Supervisor => true,
                             // Other address spaces are flushed when CR3 is loaded with them, except for global pages.
@@ -101,9 +101,9 @@ impl RawEngine {
     /// Carries out in the worlds what the code views decided: new trampoline pages, frames that became code, copies
     /// that are gone.
     pub(super) fn settle_code(&mut self) -> Result<(), RawError> {
-        for (lin, offset) in std::mem::take(&mut self.kernel_code.new_trampolines)
+        for (lin, offset) in std::mem::take(&mut self.kernel_code.trampolines.new)
             .into_iter()
-            .chain(std::mem::take(&mut self.joint_code.new_trampolines))
+            .chain(std::mem::take(&mut self.joint_code.trampolines.new))
         {
             self.map_trampoline(lin, offset)?;
         }

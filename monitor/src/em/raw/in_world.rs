@@ -1,21 +1,24 @@
-//! Shadow misses that worlds fill by themselves: telling them how, and taking over what they did.
+//! What worlds do by themselves (shadow misses, `invlpg`, pages mapped on the way back from a fault): telling them how, and
+//! taking over what they did.
 
-use super::layout::{Layout, TRAMP_LEN, USER_TRAMP_LEN, USER_TRAMPS};
-use super::space::{Role, Space};
+use super::layout::{TRAMP_LEN, USER_TRAMP_LEN, USER_TRAMPS};
 use super::*;
-use crate::cpum::{CpuState, cr0, cr4, efer};
+use crate::cpum::efer;
 use crate::pgm::shadow::Entry;
-use crate::pgm::walk::Leaf;
-use csam::{GuestLin, GuestPhys};
 use host_driver_shim::raw::rc_walk::right;
-use host_driver_shim::world::{Fill, FillMode, FillRules, Quick, QuickKind, WorldError};
+use host_driver_shim::world::{Fill, FillMode, FillRules, QuickKind};
 
 /// The longest run a world can have mapped: a large page's worth.
 const MAX_RUN: u32 = 512;
 
-/// What a world for `role` needs to fill its shadow as [`super::RawEngine`] would.
-fn rules(cpu: &CpuState, role: Role, layout: &Layout, user_cs: u16, boundary: Option<u32>) -> FillRules {
-    let supervisor = !matches!(role, Role::User { .. });
+/// What a world needs to fill its shadow as [`super::RawEngine`] would; `supervisor`: guest ring 0 runs in it.
+fn rules(
+    cpu: &CpuState,
+    supervisor: bool,
+    layout: &Layout,
+    user_cs: u16,
+    boundary: Option<u32>,
+) -> FillRules {
     let mut mode = FillMode::empty();
     mode.set(FillMode::ENABLED, cpu.paging());
     mode.set(FillMode::SUPERVISOR, supervisor);
@@ -71,7 +74,7 @@ fn checked(fill: &Fill, layout: &Layout, frames: u32) -> Option<(GuestLin, Leaf)
 impl Space {
     /// Tells the world how it may fill its shadow in the run to come.
     pub fn allow_fills(&mut self, cpu: &CpuState, layout: &Layout, user_cs: u16, boundary: Option<u32>) {
-        let rules = rules(cpu, self.role, layout, user_cs, boundary);
+        let rules = rules(cpu, self.supervisor(), layout, user_cs, boundary);
         if self.fill_rules != Some(rules) {
             self.world.set_fill_rules(&rules);
             self.fill_rules = Some(rules);

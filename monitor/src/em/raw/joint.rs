@@ -82,8 +82,8 @@ impl RawEngine {
                     self.kernels.push(Space::new(self.host.spawn()?, role));
                     let i = self.kernels.len() - 1;
                     self.furnish(i)?;
-                    self.show_known_code(i)?;
                     let latest = (0..i).max_by_key(|&i| self.kernels[i].last_used).unwrap_or(0);
+                    self.show_known_code(i, latest)?;
                     self.kernels[i].cache = self.kernels[latest].cache.for_new_world();
                     i
                 } else {
@@ -103,9 +103,8 @@ impl RawEngine {
     }
 
     /// Maps into a new world the copies of kernel code the world used last has.
-    fn show_known_code(&mut self, number: usize) -> Result<(), RawError> {
+    fn show_known_code(&mut self, number: usize, latest: usize) -> Result<(), RawError> {
         let boundary = self.boundary.unwrap_or(LOWEST_KERNEL);
-        let Some(latest) = (0..number).max_by_key(|&i| self.kernels[i].last_used) else { return Ok(()) };
         let pages: Vec<_> = self.kernels[latest].code.pages().filter(|(lin, _)| lin.0 >= boundary).collect();
         for (lin, entry) in pages {
             if let Some(offset) = self.kernel_code.copy_of(lin, entry.pfn()) {

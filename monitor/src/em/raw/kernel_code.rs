@@ -8,6 +8,7 @@
 //! Copies are keyed by linear page and remember their frame: two aliases of one frame have two copies.
 
 use super::layout::{Layout, TRAMP_LEN};
+use super::trampolines::Trampolines;
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
@@ -58,10 +59,8 @@ pub struct KernelCode {
     count_inline: bool,
     pages: HashMap<u32, CodePage>,
     by_frame: HashMap<u32, Vec<u32>>,
-    /// Trampoline page number to code memory.
-    trampolines: HashMap<u32, u64>,
-    /// Trampoline pages that no world has mapped yet.
-    pub new_trampolines: Vec<(GuestLin, u64)>,
+    /// The memory of the patches' trampolines.
+    pub trampolines: Trampolines,
     /// Frames that have just become code: writable mappings of them must go.
     pub newly_tracked: Vec<u32>,
     /// Linear pages whose copy is gone: the world must not show it any more.
@@ -137,8 +136,7 @@ impl KernelCode {
             count_inline,
             pages: HashMap::new(),
             by_frame: HashMap::new(),
-            trampolines: HashMap::new(),
-            new_trampolines: Vec::new(),
+            trampolines: Trampolines::default(),
             newly_tracked: Vec::new(),
             dropped: Vec::new(),
             refusals: Vec::new(),
@@ -164,9 +162,7 @@ impl KernelCode {
             m.untrack(page.pfn);
             code.free(page.offset);
         }
-        for (_, offset) in self.trampolines.drain() {
-            code.free(offset);
-        }
+        self.trampolines.free(code);
         let (counts, changes) = (self.counts, self.changes + 1);
         *self = KernelCode::new(layout, self.count_inline);
         (self.counts, self.changes) = (counts, changes);
@@ -210,11 +206,6 @@ impl KernelCode {
     #[must_use]
     pub fn copied_pages(&self) -> Vec<GuestLin> {
         self.pages.keys().map(|number| GuestLin(number << 12)).collect()
-    }
-
-    /// Every trampoline page with its code memory.
-    pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
-        self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))
     }
 
     /// The code memory of the copy of `lin`'s page, made if need be. None when the code memory is used up.
@@ -294,7 +285,7 @@ impl KernelCode {
             self.counts.undone += 1;
             sites.extend(patch.sites.iter().map(|s| s.at));
             if let Some(t) = &patch.trampoline {
-                self.write_trampoline(code, t.at, &vec![UNSCANNED; t.code.len()]);
+                self.trampolines.erase(code, t.at, t.code.len());
             }
             for write in &patch.writes {
                 self.refresh(code, write.at, write.at.wrapping_add(write.bytes.len() as u32));
@@ -411,24 +402,6 @@ impl KernelCode {
         }
     }
 
-    fn write_trampoline(&mut self, code: &CodeMemory, start: u32, bytes: &[u8]) {
-        for (i, b) in bytes.iter().enumerate() {
-            let at = start.wrapping_add(i as u32);
-            let number = at >> 12;
-            let offset = match self.trampolines.get(&number) {
-                Some(o) => *o,
-                None => {
-                    let Some(o) = code.alloc() else { return };
-                    put(code, o, &[UNSCANNED; 4096]);
-                    self.trampolines.insert(number, o);
-                    self.new_trampolines.push((GuestLin(number << 12), o));
-                    o
-                }
-            };
-            put(code, offset + u64::from(at & 0xfff), &[*b]);
-        }
-    }
-
     fn install(&mut self, code: &CodeMemory, id: PatchId) {
         self.changes += 1;
         let Some(patch) = self.patm.get(id) else { return };
@@ -445,7 +418,7 @@ impl KernelCode {
             }
         }
         if let Some(t) = trampoline {
-            self.write_trampoline(code, t.at, &t.code);
+            self.trampolines.write(code, t.at, &t.code);
         }
     }
 

@@ -18,6 +18,7 @@ pub mod layout;
 mod room;
 mod segments;
 pub mod space;
+pub mod trampolines;
 pub mod user_code;
 
 use crate::account::{Cause, Route};
@@ -757,6 +758,8 @@ mod tests {
                 }
             }
             assert_eq!(l.tramp & 0xff_ffff, 0);
+            // A large page lies among the trampolines if its first byte does.
+            assert!([l.delta, l.user_tramp(), layout::USER_TRAMP_LEN].iter().all(|a| a & 0x1f_ffff == 0));
             assert!(
                 l.reserved(GuestLin(l.vcpu)) && l.reserved(GuestLin(l.gate)) && l.reserved(GuestLin(tramp))
             );

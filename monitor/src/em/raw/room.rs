@@ -8,7 +8,7 @@ impl RawEngine {
         let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
         let world = &mut self.kernels[number].world;
         world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
-        for (lin, offset) in self.kernel_code.trampoline_pages().chain(self.joint_code.trampoline_pages()) {
+        for (lin, offset) in self.kernel_code.trampolines.pages().chain(self.joint_code.trampolines.pages()) {
             let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
             world.map(at, 0x1000, Backing::Code(offset), prot)?;
         }
@@ -32,8 +32,8 @@ impl RawEngine {
         for i in 0..self.kernels.len() {
             self.furnish(i)?;
         }
-        self.kernel_code.new_trampolines.clear();
-        self.joint_code.new_trampolines.clear();
+        self.kernel_code.trampolines.new.clear();
+        self.joint_code.trampolines.new.clear();
         self.boundary = None;
         self.forget_segment_cache();
         Ok(())

@@ -12,6 +12,7 @@
 
 use super::kernel_code::{UNSCANNED, put};
 use super::layout::{Layout, USER_TRAMP_LEN, USER_TRAMPS};
+use super::trampolines::Trampolines;
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
@@ -58,10 +59,8 @@ pub struct UserCode {
     order: VecDeque<(u32, u32)>,
     /// For joint worlds: what makes system calls without an exit.
     patcher: Option<UserPatcher>,
-    /// Trampoline page number to code memory.
-    trampolines: HashMap<u32, u64>,
-    /// Trampoline pages that no world has mapped yet.
-    pub new_trampolines: Vec<(GuestLin, u64)>,
+    /// The memory of the patches' trampolines.
+    pub trampolines: Trampolines,
     by_frame: HashMap<u32, Vec<u32>>,
     /// Pages to be copied though nothing in them asks for it.
     forced: HashSet<(u32, u32)>,
@@ -152,39 +151,17 @@ impl UserCode {
         self.patcher.as_ref()?.by_reason(word)
     }
 
-    /// Every trampoline page with its code memory.
-    pub fn trampoline_pages(&self) -> impl Iterator<Item = (GuestLin, u64)> + '_ {
-        self.trampolines.iter().map(|(page, offset)| (GuestLin(page << 12), *offset))
-    }
-
     /// System calls that are patched now.
     #[must_use]
     pub fn patches(&self) -> usize {
         self.patcher.as_ref().map_or(0, |p| p.patches().count())
     }
 
-    fn write_trampoline(&mut self, code: &CodeMemory, start: u32, bytes: &[u8]) {
-        for (i, b) in bytes.iter().enumerate() {
-            let at = start.wrapping_add(i as u32);
-            let offset = match self.trampolines.get(&(at >> 12)) {
-                Some(o) => *o,
-                None => {
-                    let Some(o) = code.alloc() else { return };
-                    put(code, o, &[UNSCANNED; 4096]);
-                    self.trampolines.insert(at >> 12, o);
-                    self.new_trampolines.push((GuestLin(at & !0xfff), o));
-                    o
-                }
-            };
-            put(code, offset + u64::from(at & 0xfff), &[*b]);
-        }
-    }
-
     /// Undoes the patches of a page; their trampolines trap.
     fn unpatch(&mut self, code: &CodeMemory, key: (u32, u32)) {
         let removed = self.patcher.as_mut().map(|p| p.remove(key_of(key.0, key.1))).unwrap_or_default();
         for patch in removed {
-            self.write_trampoline(code, patch.trampoline.at, &vec![UNSCANNED; patch.trampoline.code.len()]);
+            self.trampolines.erase(code, patch.trampoline.at, patch.trampoline.code.len());
         }
     }
 
@@ -427,7 +404,7 @@ impl UserCode {
             }
         }
         for t in trampolines {
-            self.write_trampoline(code, t.at, &t.code);
+            self.trampolines.write(code, t.at, &t.code);
         }
     }
 
@@ -437,9 +414,7 @@ impl UserCode {
             code.free(page.offset);
             m.untrack(pfn);
         }
-        for (_, offset) in self.trampolines.drain() {
-            code.free(offset);
-        }
+        self.trampolines.free(code);
         let (looked_at, copied) = (self.looked_at, self.copied);
         let fresh = match self.patcher {
             Some(_) => UserCode::patching(layout, count_inline),
