@@ -17,6 +17,7 @@ use host_driver_shim::raw;
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use monitor::cpuid_msr::CpuPolicy;
 use monitor::cpum::{CpuState, SegAttr, Segment, TableRegister, cr0, eflags, gpr, seg};
+use monitor::em::engine::Engine;
 use monitor::em::placement::Placement;
 use monitor::em::raw::{After, Isolation, KickTarget, RawEngine};
 use monitor::env::Env;

@@ -48,6 +48,15 @@ impl EngineChoice {
     }
 }
 
+/// Random changes of engines.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ShuffleConfig {
+    /// Guest time between two changes, ms.
+    pub interval_ms: u32,
+    /// Repeats the order of another run.
+    pub seed: Option<u64>,
+}
+
 /// What to boot.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kernel {
@@ -156,6 +165,8 @@ pub struct RunConfig {
     pub memory: u64,
     /// Which engine.
     pub engine: EngineChoice,
+    /// Change between all engines there are.
+    pub shuffle: Option<ShuffleConfig>,
     /// How the raw engine keeps the guest kernel from its users.
     pub isolation: Isolation,
     /// A restart of the guest boots it again; otherwise it ends the run.
@@ -188,6 +199,7 @@ impl Default for RunConfig {
             modules: Vec::new(),
             memory: DEFAULT_MEMORY,
             engine: EngineChoice::Auto,
+            shuffle: None,
             isolation: Isolation::default(),
             reboot: false,
             serial: [

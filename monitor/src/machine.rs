@@ -134,6 +134,23 @@ impl Machine {
         writes
     }
 
+    /// How much the interpreter has noted for the engine to follow.
+    #[must_use]
+    pub fn notes(&self) -> usize {
+        self.paging_changes.len() + self.code_writes.len() + self.table_writes.borrow().len()
+    }
+
+    /// Nobody needs to follow.
+    pub fn forget_notes(&mut self) {
+        self.take_code_writes();
+        self.paging_changes.clear();
+    }
+
+    /// Forgets walks the interpreter remembers: the guest may have flushed its TLB where the interpreter did not see it.
+    pub fn forget_translations(&mut self) {
+        self.tlb.clear();
+    }
+
     /// The frame behind a page for an access, from the TLB or by a walk.
     #[inline]
     fn frame(&mut self, cpu: &CpuState, lin: GuestLin, access: Access) -> Result<GuestPhys, Trap> {

@@ -7,6 +7,7 @@ use crate::console_io::Console;
 use crate::cpuid_msr::CpuPolicy;
 use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
+use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
 use crate::em::placement::Placement;
 use crate::em::raw::RawEngine;
 use crate::em::{Em, Stop, dump};
@@ -154,30 +155,25 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Ok(placement) => placement,
         Err(e) => return (host_error("asking for the CPU", &e), false, None),
     };
-    let raw = if config.engine == EngineChoice::Interp {
-        None
-    } else {
-        match raw_engine(&ram, config, placement.cpu()) {
-            Ok(raw) => Some(raw),
-            Err(e) => return (host_error("raw mode", &e), false, None),
-        }
+    let engines = match engines(&ram, config, placement.cpu()) {
+        Ok(engines) => engines,
+        Err(ending) => return (ending, false, None),
     };
     // For the accounting; a millisecond is good to 1 part in 10,000.
     let ns_per_tsc = m.clock.tsc_hz(Duration::from_millis(1)).map_or(0.0, |hz| 1e9 / hz as f64);
-    let mut em = match Em::new(boot.cpu, m, raw, attention.clone(), config.trace, ns_per_tsc) {
+    let mut em = match Em::new(boot.cpu, m, engines, attention.clone(), config.trace, ns_per_tsc) {
         Ok(em) => em,
         Err(e) => return (host_error("timer", &e), false, None),
     };
     // Only now: threads started before this must not share the CPU with a guest that never sleeps.
-    if em.raw.is_some()
+    if !em.engines.none()
         && let Err(e) = em.settle(placement)
     {
         return (host_error("binding the thread to a CPU", &e), false, None);
     }
     let stop = em.run();
     em.finish_account();
-    let engine = if em.raw.is_some() { "raw" } else { "interp" };
-    let mut stats = Box::new(em.account.stats(engine, time0.elapsed().as_nanos() as u64));
+    let mut stats = Box::new(em.account.stats(em.engines.name(), time0.elapsed().as_nanos() as u64));
     stats.page_fault_handler = em.page_fault_handler();
     console.flush();
     if let Some(path) = &config.vga_dump {
@@ -199,6 +195,25 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Stop::Host(reason) => (Ending::HostCannot(reason), false),
     };
     (ending, again, Some(stats))
+}
+
+/// The engines a run may use, the best first.
+fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, Ending> {
+    let mut list: Vec<Box<dyn Engine>> = Vec::new();
+    if matches!(config.engine, EngineChoice::Auto | EngineChoice::Raw) {
+        list.push(Box::new(raw_engine(ram, config, cpu).map_err(|e| host_error("raw mode", &e))?));
+    }
+    let shuffle = config.shuffle.map(|s| {
+        let seed = s.seed.unwrap_or_else(host_driver_shim::tsc::read);
+        (Shuffle::new(u64::from(s.interval_ms) * 1_000_000, seed), s.interval_ms, seed)
+    });
+    let engines = Engines::new(list, shuffle.as_ref().map(|(shuffle, ..)| shuffle.clone()));
+    if let Some((_, ms, seed)) = shuffle {
+        let kinds: Vec<_> = engines.kinds().map(EngineKind::name).collect();
+        let kinds = kinds.join(", ");
+        eprintln!("subring: another engine of {kinds} every {ms} ms; again with --shuffle-seed {seed}");
+    }
+    Ok(engines)
 }
 
 fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngine, String> {

@@ -194,7 +194,7 @@ pub struct Account {
     tallies: HashMap<u64, Tally, BuildHasherDefault<PackedHasher>>,
     injected: BTreeMap<u8, u64>,
     inline: BTreeMap<&'static str, u64>,
-    gauges: BTreeMap<&'static str, u64>,
+    gauges: BTreeMap<String, u64>,
     tactics: BTreeMap<&'static str, u64>,
     trap_sites: BTreeMap<u32, TrapSite>,
 }
@@ -235,8 +235,8 @@ impl Account {
     }
 
     /// Sets a number that is no event count, such as `worlds`, `mappings`, `code_pages`, `monitor_rss_kib`.
-    pub fn set_gauge(&mut self, name: &'static str, value: u64) {
-        self.gauges.insert(name, value);
+    pub fn set_gauge(&mut self, name: impl Into<String>, value: u64) {
+        self.gauges.insert(name.into(), value);
     }
 
     /// Sets how many patches were made with a tactic.
@@ -294,7 +294,7 @@ impl Account {
                 .iter()
                 .map(|(vector, count)| InjectedLine { vector: *vector, count: *count })
                 .collect(),
-            gauges: self.gauges.iter().map(|(name, value)| ((*name).into(), *value)).collect(),
+            gauges: self.gauges.clone(),
             patches: self.tactics.iter().map(|(name, value)| ((*name).into(), *value)).collect(),
             trap_sites: self
                 .trap_sites

@@ -10,7 +10,7 @@ use csam::GuestPhys;
 
 use crate::config::{
     self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, ModuleFile, RunConfig, SerialTarget,
-    Trace,
+    ShuffleConfig, Trace,
 };
 use crate::em::raw::Isolation;
 use crate::outcome::ExitCode;
@@ -58,6 +58,7 @@ Examples:
   subring run -kernel vmlinuz -initrd initrd.img -append console=ttyS0 -m 256 -nographic
   subring run kernel.elf --module driver.bin,verbose --stats
   subring run --raw boot.bin --load-addr 0x100000 --entry 0x100020
+  subring run vmlinuz --engine-shuffle 50         moves the running guest from engine to engine
   subring run vmlinuz --stats-out run.json; subring report run.json --symbols System.map
 
 On a terminal: Ctrl-A x quits, Ctrl-A c opens the console (and closes it), Ctrl-A b sends a break,
@@ -167,6 +168,12 @@ struct RunArgs {
     /// Which engine runs guest ring 0
     #[arg(long, value_enum, default_value = "auto", overrides_with = "engine")]
     engine: EngineArg,
+    /// Hand the running guest to a random other engine every so many milliseconds
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    engine_shuffle: Option<u32>,
+    /// Repeat the order of engines of the run that printed this number
+    #[arg(long, value_name = "SEED", requires = "engine_shuffle")]
+    shuffle_seed: Option<u64>,
     /// How the raw engine keeps the guest's kernel from its users
     #[arg(long, value_enum, default_value = "limits", overrides_with = "isolation")]
     isolation: IsolationArg,
@@ -312,6 +319,11 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
         }
         None => (kernel == Kernel::Builtin).then_some(ISA_DEBUG_EXIT_PORT),
     };
+    let shuffle =
+        args.engine_shuffle.map(|interval_ms| ShuffleConfig { interval_ms, seed: args.shuffle_seed });
+    if shuffle.is_some() && !matches!(args.engine, EngineArg::Auto) {
+        return Err("--engine-shuffle uses every engine there is; leave out --engine".into());
+    }
     let mut trace = args.trace.into_iter().fold(Trace::empty(), |all, one| all | one);
     if let Some(list) = trace_variable {
         trace |= Trace::parse(list).map_err(|why| format!("SUBRING_TRACE: {why}"))?;
@@ -333,6 +345,7 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
             EngineArg::Kvm => EngineChoice::Kvm,
             EngineArg::Ring1 => EngineChoice::Ring1,
         },
+        shuffle,
         reboot: args.reboot,
         serial: serial_ports(args.serial, args.nographic)?,
         debugcon: args.debugcon,
@@ -439,6 +452,14 @@ mod tests {
     }
 
     #[test]
+    fn a_shuffle_has_an_interval_and_perhaps_a_seed() {
+        assert_eq!(run("run").shuffle, None);
+        let shuffle = run("run k --engine-shuffle 50 --shuffle-seed 18446744073709551615").shuffle;
+        assert_eq!(shuffle, Some(ShuffleConfig { interval_ms: 50, seed: Some(u64::MAX) }));
+        assert_eq!(run("run k --engine-shuffle=9").shuffle.map(|s| s.interval_ms), Some(9));
+    }
+
+    #[test]
     fn every_mistake_is_one_line() {
         for line in [
             "",
@@ -448,6 +469,11 @@ mod tests {
             "run -m 5T",
             "run -m 1",
             "run --engine vmx",
+            "run --engine-shuffle 0",
+            "run --engine-shuffle fast",
+            "run --engine interp --engine-shuffle 50",
+            "run --shuffle-seed 1",
+            "run --engine-shuffle 50 --shuffle-seed x",
             "run --serial tcp:1",
             "run --serial stdio --serial stdio",
             "run -cdrom x",

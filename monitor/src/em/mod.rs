@@ -3,10 +3,11 @@
 //! 1. Requests of other threads, device timers, restart requests.
 //! 2. An interrupt, if one waits and may be delivered.
 //! 3. HLT: sleep on the host until something comes.
-//! 4. Otherwise run: raw where [`raw::RawEngine::refusal`] has nothing against it, else the interpreter.
+//! 4. Otherwise run: on the engine [`Engines::choose`] names, or in the interpreter.
 
 pub mod attention;
 pub mod dump;
+pub mod engine;
 pub mod placement;
 pub mod raw;
 pub mod ticker;
@@ -19,15 +20,17 @@ use crate::env::{Env, Privilege};
 use crate::interp::{self, Step};
 use crate::iom::ResetCause;
 use crate::machine::Machine;
+use crate::tm::earliest;
 use crate::trap::{Event, Trap};
 use crate::trpm;
 use attention::{Attention, Request};
 use csam::GuestLin;
+use engine::{EngineError, EngineKind, Engines, MAX_NOTES, Next};
 use host_driver_shim::tsc::read as host_tsc;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use patm::vcpu_page as vp;
 use placement::Placement;
-use raw::{After, ExitRecord, RawEngine, RawRefusal};
+use raw::{After, ExitRecord, RawRefusal};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,12 +89,12 @@ pub struct Em {
     pub cpu: CpuState,
     /// RAM, devices, time.
     pub m: Machine,
-    /// The raw engine, unless everything is interpreted.
-    pub raw: Option<RawEngine>,
+    /// The engines besides the interpreter.
+    pub engines: Engines,
     /// The fault accounting.
     pub account: Account,
-    /// Why raw mode was refused, and for how many instructions.
-    pub refusals: BTreeMap<&'static str, u64>,
+    /// Who ran why instead of the preferred engine: so many instructions of the interpreter, exits of others.
+    pub refusals: BTreeMap<(EngineKind, &'static str), u64>,
     /// Instructions interpreted.
     pub interpreted: u64,
     attention: Arc<Attention>,
@@ -121,19 +124,16 @@ impl Em {
     pub fn new(
         cpu: CpuState,
         m: Machine,
-        raw: Option<RawEngine>,
+        engines: Engines,
         attention: Arc<Attention>,
         trace: Trace,
         ns_per_tsc: f64,
     ) -> std::io::Result<Em> {
-        if let Some(raw) = &raw {
-            attention.set_kick(raw.kick_target());
-        }
         let ticker = Ticker::new(attention.clone())?;
         Ok(Em {
             cpu,
             m,
-            raw,
+            engines,
             account: Account::new(),
             refusals: BTreeMap::new(),
             interpreted: 0,
@@ -260,8 +260,12 @@ impl Em {
             self.m.devices.run_timers(now);
             self.ticker.spent();
         }
+        if self.engines.next_shuffle().is_some_and(|at| at <= now) {
+            self.engines.shuffle(now);
+            self.ticker.spent();
+        }
         self.deadline = self.m.devices.next_deadline(now);
-        self.ticker.arm(self.deadline, now);
+        self.ticker.arm(earliest(self.deadline, self.engines.next_shuffle()), now);
         if let Some(cause) = self.m.devices.take_reset_request() {
             self.stop = Some(match cause {
                 ResetCause::I8042 => Stop::Restart("keyboard controller"),
@@ -340,28 +344,37 @@ impl Em {
     }
 
     fn execute(&mut self) {
-        let refusal = match &self.raw {
-            None => {
-                self.interpret_slice(None);
-                return;
-            }
-            Some(_) => RawEngine::refusal(&self.cpu),
-        };
-        match refusal {
-            Some(RawRefusal::FpuTrap)
+        match self.engines.choose(&self.cpu) {
+            Next::Interp(Some(RawRefusal::FpuTrap))
                 if self.cpu.cr0 & cr0::EM == 0 && self.early_nm != Some((self.cpu.cr3, self.cpu.eip)) =>
             {
                 // The hardware's CR0.TS is not ours to set: raise the #NM a lazy-FPU kernel waits for right away.
                 self.early_nm = Some((self.cpu.cr3, self.cpu.eip));
                 self.deliver(Event::Exception(Trap::NM));
             }
-            Some(reason) => self.interpret_slice(Some(reason)),
-            None if self.burst.is_some() => self.interpret_burst(),
-            None => {
+            Next::Interp(reason) => {
+                if reason.is_none() {
+                    self.burst = None;
+                }
+                self.interpret_slice(reason);
+            }
+            Next::Native(_) | Next::Instead(..) if self.burst.is_some() => self.interpret_burst(),
+            next @ (Next::Native(number) | Next::Instead(number, _)) => {
                 if self.cpu.cpl == 3 {
                     self.early_nm = None;
                 }
-                self.run_raw();
+                if let Some(target) = self.engines.kick_target_of_new(number) {
+                    self.attention.set_kick(target);
+                    if self.attention.wanted() {
+                        // The kick went to the other one.
+                        return;
+                    }
+                }
+                if let Next::Instead(_, reason) = next {
+                    let kind = self.engines.kind(number);
+                    *self.refusals.entry((kind, reason.name())).or_default() += 1;
+                }
+                self.run_native(number);
             }
         }
     }
@@ -421,7 +434,7 @@ impl Em {
                 };
                 let kind = Kind::from(instruction.mnemonic());
                 self.account.record(cause, Route::Interpreter, kind, start, cpl, 0);
-                if self.m.paging_changes.len() + self.m.code_writes.len() > 4096 {
+                if self.m.notes() > MAX_NOTES {
                     // The engine has to follow before the lists grow without bound.
                     burst.left = 0;
                 }
@@ -460,8 +473,10 @@ impl Em {
 
     /// Interprets until raw mode is possible again, or for a while.
     fn interpret_slice(&mut self, reason: Option<RawRefusal>) {
-        if let Some(raw) = &mut self.raw {
-            raw.fetch_fpu(&mut self.cpu);
+        self.engines.fetch_fpu(&mut self.cpu);
+        if let Err(e) = self.engines.follow(&self.cpu, &mut self.m) {
+            self.fail(e);
+            return;
         }
         let mut n = 0;
         while n < INTERPRETER_SLICE {
@@ -481,33 +496,34 @@ impl Em {
             {
                 break;
             }
-            if reason.is_some() && RawEngine::refusal(&self.cpu).is_none() {
+            if reason.is_some() && self.engines.choose(&self.cpu) != Next::Interp(reason) {
                 break;
             }
         }
         self.interpreted += u64::from(n);
         if let Some(reason) = reason {
-            *self.refusals.entry(reason.name()).or_default() += u64::from(n);
+            *self.refusals.entry((EngineKind::Interp, reason.name())).or_default() += u64::from(n);
         }
     }
 
-    fn run_raw(&mut self) {
+    /// An engine cannot go on.
+    fn fail(&mut self, e: EngineError) {
+        self.stop = Some(match e {
+            EngineError::Guest(why) => Stop::Fatal(why),
+            EngineError::Host(why) => Stop::Host(why),
+        });
+    }
+
+    fn run_native(&mut self, number: usize) {
         let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
-        let Some(raw) = &mut self.raw else { return };
-        let after = match raw.run(&mut self.cpu, &mut self.m, waits) {
-            Ok(after) => after,
-            Err(e) => {
-                self.stop = Some(match e {
-                    raw::RawError::World(host_driver_shim::world::WorldError::Died(why)) => {
-                        Stop::Fatal(format!("the guest broke its world: {why}"))
-                    }
-                    e => Stop::Host(e.to_string()),
-                });
-                return;
-            }
+        let ran = self.engines.enter(number, &mut self.cpu, &mut self.m).and_then(|engine| {
+            let after = engine.run(&mut self.cpu, &mut self.m, waits)?;
+            Ok((after, engine.last_run(), engine.last_exit()))
+        });
+        let (after, (entered, left), record) = match ran {
+            Ok(ran) => ran,
+            Err(e) => return self.fail(e),
         };
-        let (entered, left) = raw.last_run();
-        let record = raw.last_exit();
         self.close_record(entered);
         self.exits += 1;
         if self.ring.len() < RING {
@@ -542,11 +558,8 @@ impl Em {
                     cause = finer_cause(&instruction);
                 }
                 let site = self.cpu.eip;
-                if self.cpu.cpl == 3
-                    && instruction.code() == iced_x86::Code::Int_imm8
-                    && let Some(raw) = &mut self.raw
-                {
-                    raw.note_system_call(instruction.immediate8());
+                if let Some(engine) = self.engines.last() {
+                    engine.will_interpret(&self.cpu, &instruction);
                 }
                 self.interpret_one(&instruction);
                 let left = self.budget(site);
@@ -565,9 +578,7 @@ impl Em {
 
     fn interpret_one(&mut self, instruction: &Instruction) {
         self.interpreted += 1;
-        if let Some(raw) = &mut self.raw {
-            raw.fetch_fpu(&mut self.cpu);
-        }
+        self.engines.fetch_fpu(&mut self.cpu);
         let ring0 = self.cpu.cpl == 0;
         let start = self.cpu.eip;
         let step = if instruction.is_invalid() {
@@ -577,11 +588,8 @@ impl Em {
         };
         match step {
             Step::Done => {
-                if ring0
-                    && let Some(which) = loaded_segment(instruction)
-                    && let Some(raw) = &mut self.raw
-                {
-                    raw.cache_segment(&self.cpu, &mut self.m, which);
+                if ring0 && let Some(engine) = self.engines.last() {
+                    engine.has_interpreted(&self.cpu, &mut self.m, instruction);
                 }
             }
             Step::Halted => {}
@@ -603,10 +611,16 @@ impl Em {
         self.account.set_gauge("exits", self.exits);
         self.account.set_gauge("exits_saved_by_interpreting_on", self.burst_hits);
         self.account.set_gauge("interpreted_instructions", self.interpreted);
-        for (name, n) in &self.refusals {
-            self.account.set_gauge(name, *n);
+        for ((kind, reason), n) in &self.refusals {
+            let who = match kind {
+                EngineKind::Interp => "interpreted".into(),
+                kind => format!("{}_ran", kind.name()),
+            };
+            self.account.set_gauge(format!("{who}_{reason}"), *n);
         }
-        if let Some(raw) = &self.raw {
+        self.account.set_gauge("handovers_between_engines", self.engines.handovers);
+        self.account.set_gauge("engine_shuffles", self.engines.shuffles);
+        if let Some(raw) = self.engines.raw() {
             let (worlds, data, code) = raw.sizes();
             self.account.set_gauge("worlds", worlds as u64);
             self.account.set_gauge("data_pages_mapped", data as u64);
@@ -677,7 +691,7 @@ fn finer_cause(i: &Instruction) -> Cause {
 }
 
 /// The data segment register an instruction loads, if it does.
-fn loaded_segment(i: &Instruction) -> Option<usize> {
+pub(crate) fn loaded_segment(i: &Instruction) -> Option<usize> {
     let of = |r: Register| match r {
         Register::ES => Some(seg::ES),
         Register::SS => Some(seg::SS),
@@ -702,7 +716,7 @@ impl ConsoleTarget for Em {
         match what {
             Info::Registers => dump::registers(&self.cpu),
             Info::Pic => self.m.devices.describe_pic(self.m.clock.now()),
-            Info::Patches => match &self.raw {
+            Info::Patches => match self.engines.raw() {
                 Some(raw) => {
                     let mut text = String::new();
                     for (tactic, n) in raw.kernel_code.patm.stats().tactics {
@@ -712,7 +726,7 @@ impl ConsoleTarget for Em {
                 }
                 None => "no patches: everything is interpreted\n".into(),
             },
-            Info::Csam => match &self.raw {
+            Info::Csam => match self.engines.raw() {
                 Some(raw) => {
                     let (pages, instructions) = raw.kernel_code.sizes();
                     let c = raw.kernel_code.counts;
@@ -725,16 +739,15 @@ impl ConsoleTarget for Em {
             },
             Info::Faults => {
                 self.close_record(host_tsc());
-                let engine = if self.raw.is_some() { "raw" } else { "interp" };
-                let stats = self.account.stats(engine, self.m.clock.now());
+                let stats = self.account.stats(self.engines.name(), self.m.clock.now());
                 crate::account::report::render(&stats, None, crate::paint::Paint::PLAIN)
             }
-            Info::Worlds => match &self.raw {
+            Info::Worlds => match self.engines.raw() {
                 Some(raw) => raw.describe_worlds(),
                 None => "no worlds: everything is interpreted\n".into(),
             },
             Info::Memory => {
-                let (_, data, code) = self.raw.as_ref().map_or((0, 0, 0), RawEngine::sizes);
+                let (_, data, code) = self.engines.raw().map_or((0, 0, 0), raw::RawEngine::sizes);
                 format!(
                     "{} MiB of guest RAM, {data} data pages and {code} code pages mapped in worlds\n",
                     self.m.ram.size() >> 20

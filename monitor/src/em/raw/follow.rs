@@ -2,7 +2,30 @@
 
 use super::*;
 
+/// What the meaning of the guest's tables depends on.
+fn paging_key(cpu: &CpuState) -> u32 {
+    (cpu.cr0 & (cr0::PG | cr0::WP))
+        | (cpu.cr4 & (cr4::PSE | cr4::PAE))
+        | (cpu.msr.efer as u32 & crate::cpum::efer::NXE as u32)
+}
+
 impl RawEngine {
+    /// Another engine has run the guest: nothing mapped is believed any more, and copies of code are compared with what
+    /// is in RAM now. Patches and scans of code that did not change stay.
+    pub(super) fn start_over(&mut self, cpu: &CpuState, m: &mut Machine) -> Result<(), RawError> {
+        m.forget_notes();
+        self.kernel_code.compare(m, &self.code);
+        self.user_code.compare(m, &self.code);
+        self.joint_code.compare(m, &self.code);
+        self.settle_code()?;
+        self.paging_key = paging_key(cpu);
+        self.clear_all()?;
+        let copied = self.kernel_code.copied_pages();
+        self.forget_code_of_other_frames(m, cpu, &copied)?;
+        self.make_room(m, cpu, GuestLin(cpu.linear_eip()), cpu.cpl != 3)?;
+        Ok(())
+    }
+
     /// Follows what the guest (or the monitor for it) changed since the last run.
     pub(super) fn follow_changes(&mut self, m: &mut Machine, cpu: &CpuState) -> Result<(), RawError> {
         loop {
@@ -25,9 +48,7 @@ impl RawEngine {
             moved |= !matches!(change, PagingChange::Page(_));
             match change {
                 PagingChange::Mode => {
-                    let key = (cpu.cr0 & (cr0::PG | cr0::WP))
-                        | (cpu.cr4 & (cr4::PSE | cr4::PAE))
-                        | (cpu.msr.efer as u32 & crate::cpum::efer::NXE as u32);
+                    let key = paging_key(cpu);
                     if key != self.paging_key {
                         self.paging_key = key;
                         self.clear_all()?;

@@ -537,6 +537,21 @@ impl KernelCode {
         }
     }
 
+    /// Finds out which copied frames were written to behind our back, and follows.
+    pub fn compare(&mut self, m: &mut Machine, code: &CodeMemory) {
+        let mut changed = BTreeSet::new();
+        for page in self.pages.values() {
+            let mut now = [0u8; 4096];
+            m.read_ram(GuestPhys(u64::from(page.pfn) << 12), &mut now);
+            if now != *page.original {
+                changed.insert(page.pfn);
+            }
+        }
+        for pfn in changed {
+            self.code_written(m, code, GuestPhys(u64::from(pfn) << 12), 4096);
+        }
+    }
+
     fn respan(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) {
         let known = self.map.overlapping(lo, hi);
         if known.is_empty() && self.patm.contradicts(lo).is_none() {

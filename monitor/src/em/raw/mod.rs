@@ -21,6 +21,8 @@ pub mod space;
 pub mod trampolines;
 pub mod user_code;
 
+use super::engine::{Engine, EngineError, EngineKind};
+use super::loaded_segment;
 use crate::account::{Cause, Route};
 use crate::cpum::{CpuState, SegAttr, Segment, Shadow as Held, cr0, cr4, eflags, seg};
 use crate::env::{Env, PagingChange, Privilege};
@@ -36,6 +38,7 @@ use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
     Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
 };
+use iced_x86::{Code, Instruction};
 pub use joint::Isolation;
 use kernel_code::KernelCode;
 use layout::Layout;
@@ -90,23 +93,30 @@ pub enum RawRefusal {
 }
 
 impl RawRefusal {
-    /// The name in reports, where it counts the instructions interpreted for this reason.
+    /// The name in reports, behind who ran instead: `interpreted_in_real_mode` counts instructions, `kvm_ran_in_real_mode`
+    /// exits.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            RawRefusal::RealMode => "interpreted_in_real_mode",
-            RawRefusal::V86 => "interpreted_in_v86_mode",
-            RawRefusal::Code16 => "interpreted_in_16_bit_code",
-            RawRefusal::MiddleRing => "interpreted_in_ring_1_or_2",
-            RawRefusal::TrapFlag => "interpreted_single_stepping",
-            RawRefusal::CodeBase => "interpreted_with_code_base",
-            RawRefusal::StackSegment => "interpreted_with_stack_not_flat",
-            RawRefusal::FpuTrap => "interpreted_with_cr0_em",
-            RawRefusal::TscTrap => "interpreted_with_cr4_tsd",
-            RawRefusal::AlignmentCheck => "interpreted_with_alignment_checks",
-            RawRefusal::UserIfClear => "interpreted_in_ring_3_with_if_clear",
-            RawRefusal::Shadow => "interpreted_in_interrupt_shadow",
+            RawRefusal::RealMode => "in_real_mode",
+            RawRefusal::V86 => "in_v86_mode",
+            RawRefusal::Code16 => "in_16_bit_code",
+            RawRefusal::MiddleRing => "in_ring_1_or_2",
+            RawRefusal::TrapFlag => "single_stepping",
+            RawRefusal::CodeBase => "with_code_base",
+            RawRefusal::StackSegment => "with_stack_not_flat",
+            RawRefusal::FpuTrap => "with_cr0_em",
+            RawRefusal::TscTrap => "with_cr4_tsd",
+            RawRefusal::AlignmentCheck => "with_alignment_checks",
+            RawRefusal::UserIfClear => "in_ring_3_with_if_clear",
+            RawRefusal::Shadow => "in_interrupt_shadow",
         }
+    }
+
+    /// As a rule more instructions than a few come before raw mode can go on.
+    #[must_use]
+    pub const fn lasts(self) -> bool {
+        !matches!(self, RawRefusal::Shadow | RawRefusal::FpuTrap | RawRefusal::TrapFlag)
     }
 }
 
@@ -320,24 +330,6 @@ impl RawEngine {
         Ok(engine)
     }
 
-    /// The handle other threads kick through.
-    #[must_use]
-    pub fn kick_target(&self) -> Arc<KickTarget> {
-        self.kick.clone()
-    }
-
-    /// The last exit.
-    #[must_use]
-    pub fn last_exit(&self) -> ExitRecord {
-        self.last
-    }
-
-    /// TSC when the last run entered the world and when it left.
-    #[must_use]
-    pub fn last_run(&self) -> (u64, u64) {
-        self.last_run
-    }
-
     /// Moves every world to a host CPU.
     pub fn pin(&mut self, cpu: usize) -> Result<(), RawError> {
         self.host.set_cpu(cpu);
@@ -519,6 +511,9 @@ impl RawEngine {
         let left = host_tsc();
         let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
+        if !flushed.is_empty() {
+            m.forget_translations();
+        }
         self.follow_flushes(place, cpu, &flushed)?;
         let exit = match exit {
             Ok(exit) => exit,
@@ -597,6 +592,54 @@ impl RawEngine {
         w.vcpu_write(vp::LDTR, u32::from(cpu.ldtr.selector));
         w.vcpu_write(vp::TR, u32::from(cpu.tr.selector));
         Ok(())
+    }
+}
+
+impl Engine for RawEngine {
+    fn kind(&self) -> EngineKind {
+        EngineKind::Raw
+    }
+    fn refusal(&self, cpu: &CpuState) -> Option<RawRefusal> {
+        RawEngine::refusal(cpu)
+    }
+    fn run(
+        &mut self,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        interrupt_waits: bool,
+    ) -> Result<After, EngineError> {
+        Ok(RawEngine::run(self, cpu, m, interrupt_waits)?)
+    }
+    fn fetch_fpu(&mut self, cpu: &mut CpuState) {
+        RawEngine::fetch_fpu(self, cpu);
+    }
+    fn follow(&mut self, cpu: &CpuState, m: &mut Machine) -> Result<(), EngineError> {
+        Ok(self.follow_changes(m, cpu)?)
+    }
+    fn others_ran(&mut self, cpu: &CpuState, m: &mut Machine) -> Result<(), EngineError> {
+        Ok(self.start_over(cpu, m)?)
+    }
+    fn kick_target(&self) -> Arc<KickTarget> {
+        self.kick.clone()
+    }
+    fn last_exit(&self) -> ExitRecord {
+        self.last
+    }
+    fn last_run(&self) -> (u64, u64) {
+        self.last_run
+    }
+    fn will_interpret(&mut self, cpu: &CpuState, instruction: &Instruction) {
+        if cpu.cpl == 3 && instruction.code() == Code::Int_imm8 {
+            self.note_system_call(instruction.immediate8());
+        }
+    }
+    fn has_interpreted(&mut self, cpu: &CpuState, m: &mut Machine, instruction: &Instruction) {
+        if let Some(which) = loaded_segment(instruction) {
+            self.cache_segment(cpu, m, which);
+        }
+    }
+    fn as_raw(&self) -> Option<&RawEngine> {
+        Some(self)
     }
 }
 

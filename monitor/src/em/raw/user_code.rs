@@ -423,6 +423,21 @@ impl UserCode {
         *self = UserCode { looked_at, copied, ..fresh };
     }
 
+    /// Finds out which copied frames were written to behind our back, and gives up their copies.
+    pub fn compare(&mut self, m: &mut Machine, code: &CodeMemory) {
+        let mut changed = HashSet::new();
+        for ((_, pfn), page) in &self.pages {
+            let mut now = [0u8; 4096];
+            m.read_ram(GuestPhys(u64::from(*pfn) << 12), &mut now);
+            if now != *page.bytes {
+                changed.insert(*pfn);
+            }
+        }
+        for pfn in changed {
+            self.code_written(m, code, GuestPhys(u64::from(pfn) << 12));
+        }
+    }
+
     /// A write hit a frame: its copies are given up and made anew when they are executed again.
     pub fn code_written(&mut self, m: &mut Machine, code: &CodeMemory, at: GuestPhys) {
         let pfn = (at.0 >> 12) as u32;
