@@ -3,6 +3,9 @@
 //! Device nodes are only entries in the archive, so no root is needed to make one.
 
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// File type bits of `st_mode`.
 const S_IFDIR: u32 = 0o040_000;
@@ -42,6 +45,31 @@ impl<W: Write> Cpio<W> {
     /// A character device, mode 600.
     pub fn char_device(&mut self, path: &str, major: u32, minor: u32) -> io::Result<()> {
         self.entry(path, S_IFCHR | 0o600, 1, (major, minor), &[])
+    }
+
+    /// Everything below a directory: directories, files with their permissions, symbolic links. Sorted by name.
+    pub fn tree(&mut self, root: &Path) -> io::Result<()> {
+        self.subtree(root, "")
+    }
+
+    fn subtree(&mut self, directory: &Path, prefix: &str) -> io::Result<()> {
+        let mut entries: Vec<_> = std::fs::read_dir(directory)?.collect::<io::Result<_>>()?;
+        entries.sort_by_key(std::fs::DirEntry::file_name);
+        for entry in entries {
+            let name = entry.file_name();
+            let path = format!("{prefix}{}", name.to_str().ok_or_else(|| io::Error::other("a name that is not text"))?);
+            let metadata = entry.metadata()?;
+            if metadata.is_dir() {
+                self.dir(&path)?;
+                self.subtree(&entry.path(), &format!("{path}/"))?;
+            } else if metadata.is_symlink() {
+                let target = std::fs::read_link(entry.path())?;
+                self.entry(&path, S_IFLNK | 0o777, 1, (0, 0), target.as_os_str().as_bytes())?;
+            } else {
+                self.file(&path, metadata.mode() & 0o7777, &std::fs::read(entry.path())?)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the end mark and gives the writer back.

@@ -1,7 +1,9 @@
-//! Builds the test guest's initramfs: `mkinitramfs BUSYBOX OUTPUT [--add GUEST-PATH=FILE]...`.
+//! Builds the test guest's initramfs: `mkinitramfs BUSYBOX OUTPUT [--add GUEST-PATH=FILE]...`; or archives a directory
+//! as it is, not compressed: `mkinitramfs --tree DIRECTORY OUTPUT`.
 
+use std::path::Path;
 use std::process::ExitCode;
-use subring_tests::initramfs;
+use subring_tests::{cpio::Cpio, initramfs};
 
 fn main() -> ExitCode {
     match run(std::env::args().skip(1).collect()) {
@@ -17,6 +19,15 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Vec<String>) -> Result<String, String> {
+    if let [flag, tree, output] = args.as_slice()
+        && flag == "--tree"
+    {
+        let mut cpio = Cpio::new(Vec::new());
+        cpio.tree(Path::new(tree)).map_err(|e| format!("{tree}: {e}"))?;
+        let bytes = cpio.finish().map_err(|e| e.to_string())?;
+        std::fs::write(output, &bytes).map_err(|e| format!("{output}: {e}"))?;
+        return Ok(format!("{output}: {} bytes", bytes.len()));
+    }
     let mut plain = Vec::new();
     let mut extra = Vec::new();
     let mut args = args.into_iter();
