@@ -57,7 +57,10 @@ impl<W: Write> Cpio<W> {
         entries.sort_by_key(std::fs::DirEntry::file_name);
         for entry in entries {
             let name = entry.file_name();
-            let path = format!("{prefix}{}", name.to_str().ok_or_else(|| io::Error::other("a name that is not text"))?);
+            let path = format!(
+                "{prefix}{}",
+                name.to_str().ok_or_else(|| io::Error::other("a name that is not text"))?
+            );
             let metadata = entry.metadata()?;
             if metadata.is_dir() {
                 self.dir(&path)?;

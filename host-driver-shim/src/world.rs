@@ -202,6 +202,10 @@ pub enum QuickKind {
     Invlpg = 0,
     /// Map the page whose fault was last delivered from ring 3, and do the `iret` again.
     Refill = 1,
+    /// `in al, port`, the port's number being register + displacement.
+    In = 2,
+    /// `out port, al`, likewise.
+    Out = 3,
 }
 
 /// A site that a world may do by itself when its trampoline leaves by the gate.
@@ -212,7 +216,7 @@ pub struct Quick {
     pub reason: u32,
     /// What to do.
     pub kind: QuickKind,
-    /// Number of the base register in encoding order, 0..=7.
+    /// Number of the base register in encoding order, 0..=7; [`NO_BASE`]: none.
     pub base: u32,
     /// Added to it.
     pub displacement: u32,
@@ -224,8 +228,45 @@ pub struct Quick {
     pub resume: u32,
 }
 
+/// [`Quick::base`] where there is no base register.
+pub const NO_BASE: u32 = 8;
 /// How many [`Quick`] sites a world knows.
-pub const QUICK_SITES: usize = 16;
+pub const QUICK_SITES: usize = 24;
+
+/// A port whose accesses by single bytes a world may answer by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct PortRow {
+    /// The port.
+    pub port: u32,
+    /// Not 0: reading gives `value` and does nothing else. What is then written is what is read next.
+    pub readable: u32,
+    /// What reading gives.
+    pub value: u32,
+    /// Not 0: the monitor need not see at once a written value whose bits in `mask` are `pattern`.
+    pub posts: u32,
+    /// Bits that are looked at.
+    pub mask: u32,
+    /// What they must be.
+    pub pattern: u32,
+}
+
+/// How many [`PortRow`]s a world knows.
+pub const PORT_ROWS: usize = 5;
+
+/// A byte a world wrote to a port while nobody waited for it. Unchecked: it is what the world says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortWrite {
+    /// The port.
+    pub port: u16,
+    /// The byte.
+    pub value: u8,
+    /// The host's time-stamp counter then; 40 bits.
+    pub tsc: u64,
+}
+
+/// Bits of [`PortWrite::tsc`].
+pub const POSTED_TSC: u64 = (1 << 40) - 1;
 
 /// A run of pages a world mapped by itself, with the leaf rights used; no pages: it has followed an `invlpg` there.
 /// Unchecked: it is what the world says.
@@ -290,10 +331,18 @@ pub trait World {
     fn set_cpuid(&mut self, _rows: &[CpuidRow]) {}
     /// The sites a world may do by itself from the next run on.
     fn set_quick(&mut self, _table: &[Quick; QUICK_SITES]) {}
-    /// How many of those instructions the world says it has done, ever (wraps).
-    fn quick_done(&self) -> u32 {
+    /// How many `invlpg`s of that table the world says it has done, ever (wraps).
+    fn flushes_done(&self) -> u32 {
         0
     }
+    /// The ports a world may answer by itself from the next run on.
+    fn set_ports(&mut self, _rows: &[PortRow; PORT_ROWS]) {}
+    /// How many port accesses the world says it has answered, ever (wraps).
+    fn ports_done(&self) -> u32 {
+        0
+    }
+    /// Hands over, in order, what the world has written to ports since the last call.
+    fn take_posted(&mut self, _each: &mut dyn FnMut(PortWrite)) {}
     /// Something of a large guest page is mapped around this guest linear address: `invlpg` there is for the monitor.
     fn mark_large(&mut self, _lin: u32) {}
     /// Hands over, in order, what the world has mapped by itself since the last call, and yields how many faults that

@@ -8,7 +8,7 @@
 use crate::devices::debug_ports::{DEBUG_CONSOLE_PORT, DebugPorts, POST_PORT};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::i8237::Dma;
-use crate::devices::i8254::Pit;
+use crate::devices::i8254::{COUNTER_0, Pit};
 use crate::devices::i8259::PicPair;
 use crate::devices::mc146818::{self, Rtc};
 use crate::devices::ns16550a::{COM_IRQS, COM_PORTS, Serial, SerialSink};
@@ -17,6 +17,7 @@ use crate::devices::port61::{PORT_B, PortB};
 use crate::devices::system_control::{PORT_A, PortA, RESET_CONTROL, ResetControl};
 use crate::devices::vga_text::Vga;
 use crate::tm::earliest;
+use host_driver_shim::world::{PORT_ROWS, PortRow};
 use std::collections::{BTreeMap, VecDeque};
 
 const IRQ_TIMER: u8 = 0;
@@ -364,6 +365,15 @@ impl Devices {
     /// The processor's INTA: the vector to deliver.
     pub fn acknowledge(&mut self) -> u8 {
         self.pic.acknowledge()
+    }
+
+    /// The ports whose accesses need not be seen at once; `timer`: nor need a new count of counter 0, because the EMT will
+    /// look at the devices soon, whatever happens.
+    #[must_use]
+    pub fn quiet_ports(&self, timer: bool) -> [PortRow; PORT_ROWS] {
+        let [a, b, c, d] = self.pic.quiet_ports();
+        let count = PortRow { port: u32::from(COUNTER_0), posts: 1, ..PortRow::default() };
+        [a, b, c, d, if timer { count } else { PortRow::default() }]
     }
 
     /// The earliest guest time (ns) at which [`run_timers`](Devices::run_timers) must be called.

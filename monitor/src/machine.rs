@@ -43,6 +43,8 @@ pub struct Machine {
     tlb_cr3: u32,
     /// Flushes since the engine last looked.
     pub paging_changes: Vec<PagingChange>,
+    /// The EMT will look at the devices soon after it has entered a world.
+    pub looks_soon: bool,
     /// A device was accessed: deadlines and interrupt lines may have changed.
     pub devices_touched: bool,
 }
@@ -62,6 +64,7 @@ impl Machine {
             tlb: Tlb::default(),
             tlb_cr3: 0,
             paging_changes: Vec::new(),
+            looks_soon: false,
             devices_touched: true,
         }
     }

@@ -262,14 +262,17 @@ impl Patm {
             debug_assert!(window.filler == 0, "filler only follows an instruction that does not go on");
             e.guest_branch(&[0xe9], end);
         }
-        if let Some(Thread { via, site: insn }) = &window.thread
-            && let Class::Sensitive(kind) = insn.class()
-        {
+        if let Some(Thread { via, sites }) = &window.thread {
             via.iter().for_each(|jump| e.begin(jump.at));
-            e.begin(insn.at);
-            if site(&mut e, insn, kind) {
-                e.state = e.at(insn.next());
-                e.guest_branch(&[0xe9], insn.next());
+            let mut next = None;
+            for insn in sites {
+                e.begin(insn.at);
+                let Class::Sensitive(kind) = insn.class() else { break };
+                next = site(&mut e, insn, kind).then(|| insn.next());
+            }
+            if let Some(next) = next {
+                e.state = e.at(next);
+                e.guest_branch(&[0xe9], next);
             }
         }
         e.flush_slow_paths();

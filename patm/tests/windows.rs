@@ -303,3 +303,26 @@ fn a_jump_to_a_site_without_room_does_it_in_its_own_window() {
     assert_eq!(undone.len(), 2);
     assert_eq!(patm.patches().count(), 0);
 }
+
+#[test]
+fn a_branch_to_a_trapping_site_does_the_one_behind_it_as_well() {
+    // push ebp; mov ebp, esp; jmp 1f; verw [disp32]; 1: sti; hlt; 2: pop ebp; jmp 2b: Linux's idle loop.
+    let code = [0x55, 0x89, 0xe5, 0xeb, 7, 0x0f, 0x00, 0x2d, 0, 0x10, 0, 0xc1, 0xfb, 0xf4, 0x5d, 0xeb, 0xfd];
+    let mut scanned = Scanned::new(&code);
+    scanned.scan_from(BASE + 5);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    let (sti, hlt) = (BASE + 12, BASE + 13);
+    assert!([sti, hlt].iter().all(|&at| patm.patch_at(at).unwrap().tactic == Tactic::TrapByte));
+    let made = patm.improve(csam::GuestLin(sti), &scanned_view(&scanned));
+    let thread = patm.get(made[0]).unwrap().clone();
+    assert_eq!((thread.tactic, thread.start.0, thread.len), (Tactic::Thread, BASE, 5));
+    let sites: Vec<_> = thread.sites.iter().map(|s| (s.at.0, s.route)).collect();
+    assert_eq!(sites, [(sti, Route::InLine), (hlt, Route::Gate)]);
+    // Behind `sti` is the `hlt` in the trampoline, in its shadow.
+    assert!(thread.map.points.iter().any(|p| p.fix.resume == hlt));
+    assert!(patm.is_after_sti(hlt));
+    // Who writes the `hlt` changes the branch.
+    let undone = patm.undo_overlapping(csam::GuestLin(hlt), csam::GuestLin(BASE + 14));
+    assert!(undone.iter().any(|p| p.id == thread.id));
+}

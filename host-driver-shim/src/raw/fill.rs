@@ -63,8 +63,8 @@ pub(crate) struct FillArea {
     pub(crate) rules: FillRules,
     /// A bit for each 2 MiB of guest linear space in which something of a large page was mapped, ever.
     pub(crate) large: [AtomicU32; 64],
-    /// How many instructions of the quick table were done, ever (wraps).
-    pub(crate) quick_done: AtomicU32,
+    /// How many `invlpg`s were done, ever (wraps).
+    pub(crate) flushes_done: AtomicU32,
     /// Set-up: size of guest RAM in pages.
     pub(crate) ram_pages: AtomicU32,
     /// How many notes there are.
@@ -170,9 +170,9 @@ impl ArenaMap {
         }
     }
 
-    /// How many instructions of the quick table the world says it has done, ever.
-    pub(crate) fn quick_done(&self) -> u32 {
-        self.fill_word(offset_of!(FillArea, quick_done)).load(Relaxed)
+    /// How many `invlpg`s the world says it has done, ever.
+    pub(crate) fn flushes_done(&self) -> u32 {
+        self.fill_word(offset_of!(FillArea, flushes_done)).load(Relaxed)
     }
 
     /// As many rows as there is room for; with more, none.

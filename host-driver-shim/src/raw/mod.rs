@@ -18,6 +18,7 @@ mod rc;
 mod rc_cpuid;
 pub mod rc_deliver;
 mod rc_fill;
+mod rc_port;
 mod rc_quick;
 pub mod rc_walk;
 mod signal;
@@ -31,8 +32,8 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick,
-    World, WorldError, WorldExit, WorldLin,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, PORT_ROWS, PortRow,
+    PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
@@ -491,8 +492,20 @@ impl World for RawWorld {
         self.process.arena.set_quick(table);
     }
 
-    fn quick_done(&self) -> u32 {
-        self.process.arena.quick_done()
+    fn flushes_done(&self) -> u32 {
+        self.process.arena.flushes_done()
+    }
+
+    fn set_ports(&mut self, rows: &[PortRow; PORT_ROWS]) {
+        self.process.arena.set_ports(rows);
+    }
+
+    fn ports_done(&self) -> u32 {
+        self.process.arena.ports_done()
+    }
+
+    fn take_posted(&mut self, each: &mut dyn FnMut(PortWrite)) {
+        self.process.arena.take_posted(each);
     }
 
     fn mark_large(&mut self, lin: u32) {

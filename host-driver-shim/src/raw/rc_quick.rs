@@ -1,5 +1,6 @@
 //! What a world does by itself when a trampoline leaves by the gate: `invlpg` of a small page that only the data view
-//! shows, and mapping the page of the fault that an `iret` returns from, which saves ring 3 a second fault.
+//! shows, port accesses that need nobody ([`super::rc_port`]), and mapping the page of the fault that an `iret` returns
+//! from, which saves ring 3 a second fault.
 //!
 //! The monitor says by [`Quick`] which reason words mean what. The world's page is unmapped here and the flush noted for
 //! the monitor, which follows it in the other worlds.
@@ -11,7 +12,8 @@ use super::fill::{NO_FAULT, is_set, note, put};
 use super::rc::unmap;
 use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_fill::{self, PF_WRITE};
-use crate::world::QuickKind;
+use super::rc_port;
+use crate::world::{Quick, QuickKind};
 
 /// CS in [`crate::world::HwRegs::sel`].
 const CS: usize = 1;
@@ -34,10 +36,60 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     // SAFETY: by contract; the monitor writes the table only when it has the turn.
     let table = unsafe { (&raw const (*a).quick).read_volatile() };
     let Some(quick) = table.iter().find(|q| q.reason == reason) else { return false };
-    if quick.kind == QuickKind::Refill {
+    match quick.kind {
         // SAFETY: by contract.
-        return unsafe { refill(a, quick.resume) };
+        QuickKind::Refill => unsafe { refill(a, quick) },
+        // SAFETY: by contract.
+        QuickKind::In | QuickKind::Out => unsafe { port(a, quick) },
+        // SAFETY: by contract.
+        QuickKind::Invlpg => unsafe { flush(a, quick) },
     }
+}
+
+/// Goes on behind the instruction.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn finish(a: *mut Arena, quick: &Quick) {
+    // The gate cannot tell CS: what is there is from the last entry, which may have been one of ring 3.
+    // SAFETY: by contract: while the world has the turn only we touch its registers.
+    unsafe {
+        (&raw mut (*a).regs.eip).write_volatile(quick.resume);
+        (&raw mut (*a).regs.sel[CS]).write_volatile(KERNEL_CS);
+    }
+}
+
+/// `in al` or `out al`.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn port(a: *mut Arena, quick: &Quick) -> bool {
+    // SAFETY: by contract: while the world has the turn only we touch its registers.
+    let gpr = unsafe { (&raw const (*a).regs.gpr).read_volatile() };
+    let base = gpr.get(quick.base as usize).copied().unwrap_or(0);
+    let port = base.wrapping_add(quick.displacement) as u16;
+    let [eax, ..] = gpr;
+    if quick.kind == QuickKind::Out {
+        // SAFETY: by contract.
+        if !unsafe { rc_port::write(a, port, eax as u8) } {
+            return false;
+        }
+    } else {
+        // SAFETY: by contract.
+        let Some(value) = (unsafe { rc_port::read(a, port) }) else { return false };
+        // SAFETY: as above.
+        unsafe { (&raw mut (*a).regs.gpr[0]).write_volatile(eax & !0xff | u32::from(value)) };
+    }
+    // SAFETY: by contract.
+    unsafe { finish(a, quick) };
+    true
+}
+
+/// `invlpg`.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     // SAFETY: by contract.
     let selector =
         unsafe { vcpu_word(a, SELECTORS.wrapping_add(quick.segment.wrapping_mul(4))).load(Relaxed) };
@@ -45,8 +97,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
         return false;
     }
     // SAFETY: by contract: while the world has the turn only we touch its registers.
-    let mut regs = unsafe { (&raw const (*a).regs).read_volatile() };
-    let Some(base) = regs.gpr.get(quick.base as usize) else { return false };
+    let gpr = unsafe { (&raw const (*a).regs.gpr).read_volatile() };
+    let Some(base) = gpr.get(quick.base as usize) else { return false };
     let lin = base.wrapping_add(quick.displacement);
     // SAFETY: by contract: everything in the fill area but the rules is atomic.
     let (area, delta) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules.delta).read_volatile()) };
@@ -68,12 +120,9 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
     }
     // The same fault again is what is to be expected now.
     area.last.store(NO_FAULT, Relaxed);
-    area.quick_done.store(area.quick_done.load(Relaxed).wrapping_add(1), Relaxed);
-    regs.eip = quick.resume;
-    // The gate cannot tell CS: what is there is from the last entry, which may have been one of ring 3.
-    regs.sel[CS] = KERNEL_CS;
-    // SAFETY: as above.
-    unsafe { (&raw mut (*a).regs).write_volatile(regs) };
+    area.flushes_done.store(area.flushes_done.load(Relaxed).wrapping_add(1), Relaxed);
+    // SAFETY: by contract.
+    unsafe { finish(a, quick) };
     true
 }
 
@@ -81,7 +130,7 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
 ///
 /// # Safety
 /// As [`answer`].
-unsafe fn refill(a: *mut Arena, resume: u32) -> bool {
+unsafe fn refill(a: *mut Arena, quick: &Quick) -> bool {
     // SAFETY: by contract.
     let word = unsafe { vcpu_word(a, REFILL) };
     let wanted = word.swap(0, Relaxed);
@@ -95,10 +144,7 @@ unsafe fn refill(a: *mut Arena, resume: u32) -> bool {
     // If that does not work, ring 3 will fault, and it is looked at then.
     // SAFETY: by contract.
     let _filled = unsafe { rc_fill::fill(a, place, error, rules.user_cs as u16) };
-    // SAFETY: by contract: while the world has the turn only we touch its registers.
-    unsafe {
-        (&raw mut (*a).regs.eip).write_volatile(resume);
-        (&raw mut (*a).regs.sel[CS]).write_volatile(KERNEL_CS);
-    }
+    // SAFETY: by contract.
+    unsafe { finish(a, quick) };
     true
 }

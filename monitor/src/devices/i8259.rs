@@ -6,6 +6,8 @@
 //! An edge request is dropped when its line falls before the acknowledge, as the datasheet has it; a processor that had
 //! already seen INTR then gets the default IR7. What is not emulated: the MCS-80/85 mode (ICW4.uPM = 0), buffered mode.
 
+use host_driver_shim::world::PortRow;
+
 /// Port of the master's command register; data is at +1.
 pub const MASTER_COMMAND: u16 = 0x20;
 /// Port of the slave's command register; data is at +1.
@@ -328,6 +330,32 @@ impl PicPair {
         matches!(port, 0x20 | 0x21 | 0xa0 | 0xa1 | ELCR1 | ELCR2)
     }
 
+    /// The ports whose accesses nobody has to see at once: the mask registers, and the command ports for EOIs without
+    /// rotation (OCW2 001 and 011). With nothing requested no write to them can make INTR active, and whatever
+    /// requests something later comes through [`set_irq`](PicPair::set_irq).
+    #[must_use]
+    pub fn quiet_ports(&self) -> [PortRow; 4] {
+        let chips = [(MASTER_COMMAND, &self.master), (SLAVE_COMMAND, &self.slave)];
+        if chips.iter().any(|(_, chip)| chip.irr != 0 || chip.init != InitStep::Done || chip.poll) {
+            return Default::default();
+        }
+        let command = |(port, _): (u16, &I8259)| PortRow {
+            port: u32::from(port),
+            posts: 1,
+            mask: 0xb8,
+            pattern: 0x20,
+            ..PortRow::default()
+        };
+        let data = |(port, chip): (u16, &I8259)| PortRow {
+            port: u32::from(port) + 1,
+            readable: 1,
+            value: u32::from(chip.imr),
+            posts: 1,
+            ..PortRow::default()
+        };
+        [command(chips[0]), data(chips[0]), command(chips[1]), data(chips[1])]
+    }
+
     /// Byte read from one of the pair's ports.
     pub fn read(&mut self, port: u16) -> u8 {
         let value = match port {
@@ -401,6 +429,30 @@ mod tests {
         assert!(!p.has_interrupt());
         p.write(0x21, 0xfa);
         assert!(p.has_interrupt(), "a masked request is remembered");
+    }
+
+    #[test]
+    fn ports_are_quiet_while_nothing_is_requested() {
+        let none: [PortRow; 4] = Default::default();
+        let mut p = initialised(1);
+        p.write(0x21, 0x5a);
+        let rows = p.quiet_ports();
+        assert_eq!(rows.map(|r| r.port), [0x20, 0x21, 0xa0, 0xa1]);
+        assert_eq!((rows[1].readable, rows[1].value), (1, 0x5a));
+        // EOIs only; rotation, OCW3 and ICW1 are not.
+        let posts = |v: u32| v & rows[0].mask == rows[0].pattern;
+        let fine: Vec<u32> = (0..256).filter(|&v| posts(v)).collect();
+        assert_eq!(fine, (0x20..0x28).chain(0x60..0x68).collect::<Vec<_>>());
+        p.set_irq(3, true);
+        assert_eq!(p.quiet_ports(), none, "masked, but an unmasking would let it through");
+        p.write(0x21, 0);
+        p.acknowledge();
+        assert_eq!(p.quiet_ports()[1].value, 0, "in service: an EOI makes nothing active");
+        p.set_irq(12, true);
+        assert_eq!(p.quiet_ports(), none);
+        let mut p = initialised(1);
+        p.write(0xa0, 0x11);
+        assert_eq!(p.quiet_ports(), none, "in the middle of an initialisation");
     }
 
     #[test]

@@ -48,6 +48,9 @@ const BURST_PAID: u32 = 64;
 const BURST_LEAST: u32 = 8;
 /// Sites whose bursts are remembered. A guest that makes more of them is forgotten and learnt anew.
 const MAX_BURST_SITES: usize = 1 << 16;
+/// A guest that wakes from HLT for its tick is likely to program the next one and to be back in HLT before this, ns. In that
+/// case its write to the timer costs no exit of its own.
+const LOOK_AFTER_WAKING: u64 = 300_000;
 /// Exits remembered for a dump.
 const RING: usize = 64;
 
@@ -265,7 +268,10 @@ impl Em {
             self.ticker.spent();
         }
         self.deadline = self.m.devices.next_deadline(now);
-        self.ticker.arm(earliest(self.deadline, self.engines.next_shuffle()), now);
+        if !self.cpu.halted {
+            let look = self.m.looks_soon.then_some(now + LOOK_AFTER_WAKING);
+            self.ticker.arm(earliest(earliest(self.deadline, self.engines.next_shuffle()), look), now);
+        }
         if let Some(cause) = self.m.devices.take_reset_request() {
             self.stop = Some(match cause {
                 ResetCause::I8042 => Stop::Restart("keyboard controller"),
@@ -292,6 +298,7 @@ impl Em {
             None => self.attention.wait(None),
         }
         self.m.devices_touched = true;
+        self.m.looks_soon = true;
     }
 
     /// Delivers an event through the guest's IDT.
@@ -517,7 +524,9 @@ impl Em {
     fn run_native(&mut self, number: usize) {
         let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
         let ran = self.engines.enter(number, &mut self.cpu, &mut self.m).and_then(|engine| {
-            let after = engine.run(&mut self.cpu, &mut self.m, waits)?;
+            let after = engine.run(&mut self.cpu, &mut self.m, waits);
+            self.m.looks_soon = false;
+            let after = after?;
             Ok((after, engine.last_run(), engine.last_exit()))
         });
         let (after, (entered, left), record) = match ran {
@@ -657,7 +666,8 @@ impl Em {
             }
             self.account.set_inline("shadow fill, in the world", raw.filled_in_worlds());
             self.account.set_inline("page fault to the guest, in the world", raw.delivered_in_worlds());
-            self.account.set_inline("invlpg, in the world", raw.done_in_worlds());
+            self.account.set_inline("invlpg, in the world", raw.flushed_in_worlds());
+            self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
                 let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();

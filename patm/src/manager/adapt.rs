@@ -17,6 +17,8 @@ use iced_x86::Code;
 
 /// How many unconditional jumps may lie between a branch and the site.
 const MAX_VIA: usize = 3;
+/// How many sites in a row a branch does.
+const MAX_SITES: usize = 3;
 /// How many branches to one site are patched.
 const MAX_BRANCHES: usize = 4;
 
@@ -24,8 +26,8 @@ const MAX_BRANCHES: usize = 4;
 pub(crate) struct Thread {
     /// The unconditional jumps between the branch and the site, in the order they would be executed.
     pub(crate) via: Vec<Insn>,
-    /// The site.
-    pub(crate) site: Insn,
+    /// The site, and the ones right behind it that have a trap byte as well (`sti; hlt`).
+    pub(crate) sites: Vec<Insn>,
 }
 
 impl Patm {
@@ -108,11 +110,27 @@ impl Patm {
             if inside(site.at) || via.iter().any(|v| inside(v.at)) || !self.is_free(lo, window.len()) {
                 continue;
             }
-            window.thread = Some(Thread { via: via.to_vec(), site: *site });
+            let sites = self.with_sites_behind(info, site);
+            window.thread = Some(Thread { via: via.to_vec(), sites });
             if let Ok(placed) = self.try_jump(info, window, branch.at) {
                 return Some(self.enter(Placed { tactic: Tactic::Thread, ..placed }, None));
             }
         }
         None
+    }
+
+    /// The site and those right behind it that would trap at once.
+    fn with_sites_behind(&self, info: &dyn CodeInfo, site: &Insn) -> Vec<Insn> {
+        let mut sites = Vec::from([*site]);
+        let mut last = *site;
+        while sites.len() < MAX_SITES
+            && last.falls_through()
+            && self.patch_at(last.next()).is_some_and(|p| p.tactic == Tactic::TrapByte)
+            && let Some(next) = Insn::decode(info, last.next())
+        {
+            sites.push(next);
+            last = next;
+        }
+        sites
     }
 }

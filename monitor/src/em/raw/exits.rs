@@ -64,6 +64,11 @@ impl RawEngine {
                 if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Invlpg {
                     self.learn_quick(cpu, m, reason, at);
                 }
+                if kind == ReasonKind::Emulate
+                    && matches!(sensitive, csam::SensitiveKind::In | csam::SensitiveKind::Out)
+                {
+                    self.learn_port(cpu, m, reason, at);
+                }
                 origin = Origin::Gate(kind);
             }
             _ => {

@@ -1,15 +1,19 @@
-//! What worlds do by themselves (shadow misses, `invlpg`, pages mapped on the way back from a fault): telling them how, and
-//! taking over what they did.
+//! What worlds do by themselves (shadow misses, `invlpg`, pages mapped on the way back from a fault, ports that need nobody
+//! at once): telling them how, and taking over what they did.
 
 use super::layout::{TRAMP_LEN, USER_TRAMP_LEN, USER_TRAMPS};
 use super::*;
 use crate::cpum::efer;
+use crate::devices::i8254::COUNTER_0;
 use crate::pgm::shadow::Entry;
 use host_driver_shim::raw::rc_walk::right;
-use host_driver_shim::world::{Fill, FillMode, FillRules, QuickKind};
+use host_driver_shim::world::{Fill, FillMode, FillRules, NO_BASE, POSTED_TSC, QuickKind};
 
 /// The longest run a world can have mapped: a large page's worth.
 const MAX_RUN: u32 = 512;
+
+/// Number of EDX.
+const EDX: u32 = 2;
 
 /// What a world needs to fill its shadow as [`super::RawEngine`] would; `supervisor`: guest ring 0 runs in it.
 fn rules(
@@ -87,6 +91,34 @@ impl Space {
             self.cpuid_told = true;
             self.world.set_cpuid(&m.policy.rows());
         }
+    }
+
+    /// Tells the world which ports it may answer in the run to come.
+    pub fn allow_ports(&mut self, m: &Machine) {
+        let rows = m.devices.quiet_ports(m.looks_soon);
+        if self.ports != rows {
+            self.world.set_ports(&rows);
+            self.ports = rows;
+        }
+    }
+
+    /// Gives the devices what the world says was written to ports in the run that just ended; it began at `entered` (TSC).
+    pub fn take_posted(&mut self, m: &mut Machine, entered: u64) {
+        let ports = &mut self.ports;
+        self.world.take_posted(&mut |write| {
+            let row = ports.iter_mut().find(|row| row.port == u32::from(write.port) && row.posts != 0);
+            let Some(row) = row.filter(|row| u32::from(write.value) & row.mask == row.pattern) else {
+                return;
+            };
+            if row.readable != 0 {
+                row.value = u32::from(write.value);
+            }
+            let tsc = host_tsc();
+            let age = (tsc.wrapping_sub(write.tsc) & POSTED_TSC).min(tsc.saturating_sub(entered));
+            let then = m.clock.now().saturating_sub(m.clock.ns_of_counts(age));
+            m.devices.port_out(write.port, 1, u32::from(write.value), then);
+            m.devices_touched |= write.port == COUNTER_0;
+        });
     }
 
     /// Enters in the shadow what the world says it mapped in the run that just ended. A lie is believed as far as it is
@@ -169,6 +201,28 @@ impl RawEngine {
         self.enter_quick(quick);
     }
 
+    /// A site that accesses a port has left by the gate: if worlds might do it themselves, they look at it from now on.
+    pub(super) fn learn_port(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
+        use iced_x86::Code;
+        let rows = m.devices.quiet_ports(true);
+        if rows.iter().all(|row| row.posts == 0) {
+            return;
+        }
+        let Ok(i) = crate::interp::fetch_decode(cpu, m) else { return };
+        let (kind, base, displacement) = match i.code() {
+            Code::In_AL_imm8 => (QuickKind::In, NO_BASE, u32::from(i.immediate8())),
+            Code::In_AL_DX => (QuickKind::In, EDX, 0),
+            Code::Out_imm8_AL => (QuickKind::Out, NO_BASE, u32::from(i.immediate8())),
+            Code::Out_DX_AL => (QuickKind::Out, EDX, 0),
+            _ => return,
+        };
+        let port = if base == NO_BASE { displacement as u16 } else { cpu.gpr[EDX as usize] as u16 };
+        if rows.iter().any(|row| row.posts != 0 && row.port == u32::from(port)) {
+            let resume = self.kernel_code.patm.resume_eip(at.0.wrapping_add(i.len() as u32));
+            self.enter_quick(Quick { reason, kind, base, displacement, resume, ..Quick::default() });
+        }
+    }
+
     /// An `iret` to ring 3 has left by the gate because a page is to be mapped on the way: worlds do that from now on.
     pub(super) fn learn_refill(&mut self, reason: u32) {
         if self.quick.iter().any(|q| q.reason == reason) && self.quick_changes == self.kernel_code.changes {
@@ -182,6 +236,9 @@ impl RawEngine {
     fn enter_quick(&mut self, quick: Quick) {
         if self.quick_changes != self.kernel_code.changes {
             self.forget_quick();
+        }
+        if self.quick.iter().any(|q| q.reason == quick.reason) {
+            return;
         }
         if let Some(slot) = self.quick.iter_mut().find(|q| q.reason == 0) {
             *slot = quick;

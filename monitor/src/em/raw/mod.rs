@@ -386,10 +386,16 @@ impl RawEngine {
         self.kernels.iter().map(|s| u64::from(s.world.faults_delivered())).sum()
     }
 
-    /// Sensitive instructions worlds have done by themselves behind the gate.
+    /// `invlpg`s worlds have done by themselves behind the gate.
     #[must_use]
-    pub fn done_in_worlds(&self) -> u64 {
-        self.kernels.iter().map(|s| u64::from(s.world.quick_done())).sum()
+    pub fn flushed_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
+    }
+
+    /// Port accesses worlds have answered by themselves behind the gate.
+    #[must_use]
+    pub fn ports_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.ports_done())).sum()
     }
 
     /// Why the CPU's state is not for raw mode, if it is not.
@@ -506,9 +512,11 @@ impl RawEngine {
         let layout = self.layout;
         space.tell_cpuid(m);
         space.allow_fills(cpu, &layout, user_cs, self.boundary);
+        space.allow_ports(m);
         let entered = host_tsc();
         let exit = space.run(&mut regs);
         let left = host_tsc();
+        space.take_posted(m, entered);
         let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
         if !flushed.is_empty() {

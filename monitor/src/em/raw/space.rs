@@ -9,7 +9,7 @@ use crate::pgm::shadow::{Entry, Scope, Shadow};
 use crate::pgm::walk::Leaf;
 use csam::GuestLin;
 use host_driver_shim::world::{
-    Backing, FillRules, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin,
+    Backing, FillRules, HostSegment, HwRegs, PORT_ROWS, PortRow, Prot, World, WorldError, WorldExit, WorldLin,
 };
 use std::collections::HashMap;
 
@@ -157,6 +157,8 @@ pub struct Space {
     pub published: Option<Published>,
     /// The segments its trampolines may load.
     pub cache: SegmentCache,
+    /// The ports it may answer, as it has them.
+    pub ports: [PortRow; PORT_ROWS],
     /// The version of the table of quick sites it has.
     pub quick_version: u64,
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
@@ -184,6 +186,7 @@ impl Space {
             tainted: false,
             published: None,
             cache: SegmentCache::default(),
+            ports: Default::default(),
             quick_version: 0,
             installed: Vec::new(),
             installed_generation: 0,

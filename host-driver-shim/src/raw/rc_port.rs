@@ -1,0 +1,106 @@
+//! Port accesses that a world answers by itself: reads of registers whose value is known, and writes that nothing waits
+//! for. The monitor says by [`PortRow`] which these are and is told of the writes, in order, when it next has the turn.
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use super::arena::{Arena, ArenaMap};
+use crate::world::{PORT_ROWS, PortRow, PortWrite};
+
+/// How many writes may wait for the monitor.
+pub(crate) const POSTED: usize = 64;
+
+/// The part of the arena that is about ports.
+#[repr(C)]
+pub(crate) struct PortArea {
+    pub(crate) rows: [PortRow; PORT_ROWS],
+    /// How many writes wait.
+    pub(crate) posted: AtomicU32,
+    /// How many accesses were answered, ever (wraps).
+    pub(crate) done: AtomicU32,
+    /// Port, the value in bits 16..24, the time-stamp counter in 24..64.
+    pub(crate) log: [AtomicU64; POSTED],
+}
+
+/// The byte an `in` of this port reads; `None`: that is for the monitor to say.
+///
+/// # Safety
+/// In a world, `a` is its mapped arena, and the world has the turn.
+pub(crate) unsafe fn read(a: *mut Arena, port: u16) -> Option<u8> {
+    // SAFETY: by contract; the monitor writes the rows only when it has the turn.
+    let rows = unsafe { (&raw const (*a).ports.rows).read_volatile() };
+    let row = rows.iter().find(|row| row.port == u32::from(port) && row.readable != 0)?;
+    // SAFETY: by contract: an atomic.
+    count(unsafe { &(*a).ports.done });
+    Some(row.value as u8)
+}
+
+/// Notes an `out` for the monitor; false: it is to do it now.
+///
+/// # Safety
+/// As [`read`].
+pub(crate) unsafe fn write(a: *mut Arena, port: u16, value: u8) -> bool {
+    // SAFETY: by contract; the monitor writes the rows only when it has the turn.
+    let mut rows = unsafe { (&raw const (*a).ports.rows).read_volatile() };
+    let row = rows.iter_mut().find(|row| row.port == u32::from(port));
+    let Some(row) = row.filter(|row| row.posts != 0 && u32::from(value) & row.mask == row.pattern) else {
+        return false;
+    };
+    // SAFETY: by contract: atomics.
+    let (log, posted, done) = unsafe { (&(*a).ports.log, &(*a).ports.posted, &(*a).ports.done) };
+    let n = posted.load(Relaxed);
+    let Some(slot) = log.get(n as usize) else { return false };
+    slot.store(u64::from(port) | u64::from(value) << 16 | crate::tsc::read() << 24, Relaxed);
+    posted.store(n.wrapping_add(1), Relaxed);
+    count(done);
+    if row.readable != 0 {
+        row.value = u32::from(value);
+        // SAFETY: as above.
+        unsafe { (&raw mut (*a).ports.rows).write_volatile(rows) };
+    }
+    true
+}
+
+fn count(word: &AtomicU32) {
+    word.store(word.load(Relaxed).wrapping_add(1), Relaxed);
+}
+
+impl ArenaMap {
+    pub(crate) fn set_ports(&self, rows: &[PortRow; PORT_ROWS]) {
+        let at = offset_of!(Arena, ports) + offset_of!(PortArea, rows);
+        // SAFETY: both sides are such rows; the destination is inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy((&raw const *rows).cast(), to, size_of::<[PortRow; PORT_ROWS]>());
+        }
+    }
+
+    /// How many port accesses the world says it has answered, ever.
+    pub(crate) fn ports_done(&self) -> u32 {
+        self.port_word(offset_of!(PortArea, done)).load(Relaxed)
+    }
+
+    /// Hands over the writes that wait. At most [`POSTED`] of any content.
+    pub(crate) fn take_posted(&self, each: &mut dyn FnMut(PortWrite)) {
+        let posted = self.port_word(offset_of!(PortArea, posted));
+        let n = (posted.load(Relaxed) as usize).min(POSTED);
+        for i in 0..n {
+            let at = offset_of!(Arena, ports) + offset_of!(PortArea, log) + 8 * i;
+            let word = self.shared().read_u64(at as u64).unwrap_or(0);
+            each(PortWrite { port: word as u16, value: (word >> 16) as u8, tsc: word >> 24 });
+        }
+        if n != 0 {
+            posted.store(0, Relaxed);
+        }
+    }
+
+    /// The atomic word at this offset of the port area.
+    fn port_word(&self, offset: usize) -> &AtomicU32 {
+        debug_assert!(offset + 4 <= size_of::<PortArea>());
+        // SAFETY: the callers pass the offset of an AtomicU32 inside PortArea, so it lies in the mapping, which lives as
+        // long as self.
+        unsafe {
+            AtomicU32::from_ptr(self.shared().base().as_ptr().add(offset_of!(Arena, ports) + offset).cast())
+        }
+    }
+}
