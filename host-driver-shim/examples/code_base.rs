@@ -46,6 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     big: true,
                     expand_down: false,
                     rw: true,
+                    ring: 3,
                 },
             )?;
             let mut best = f64::MAX;
@@ -98,6 +99,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     big: true,
                     expand_down: false,
                     rw: true,
+                    ring: 3,
                 },
             )?;
             let d = if base == 0 { 0x2b } else { 101 << 3 | 7 };

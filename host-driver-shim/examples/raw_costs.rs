@@ -99,6 +99,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     big: true,
                     expand_down: false,
                     rw: true,
+                    ring: 3,
                 },
             )?;
             w.flush()

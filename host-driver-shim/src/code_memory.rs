@@ -146,6 +146,10 @@ impl CodeMemory {
         self.0.map.fill(offset, usize::try_from(len).ok()?, byte)
     }
 
+    pub(crate) fn shared(&self) -> &Arc<SharedMap> {
+        &self.0.map
+    }
+
     pub(crate) fn world_fd(&self) -> RawFd {
         self.0.for_worlds.as_raw_fd()
     }

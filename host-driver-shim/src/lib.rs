@@ -3,6 +3,7 @@
 //! - [`world`]: what an engine offers ([`world::World`]), and the types of that seam;
 //! - [`ram`]: guest RAM as a memory object; [`code_memory`]: the pool code views and trampolines live in;
 //! - [`raw`]: worlds that run guest code in hardware ring 3 of a jailed process;
+//! - [`ring1`]: worlds that run guest code in hardware rings 1 and 3 of a virtual machine;
 //! - [`native`]: single FPU instructions of a guest on the host CPU; [`native32`]: the CPU as a test oracle;
 //! - [`fake`]: a scripted world for tests of what drives worlds.
 
@@ -17,6 +18,7 @@ pub mod native;
 pub mod native32;
 pub mod ram;
 pub mod raw;
+pub mod ring1;
 mod shared;
 pub mod tsc;
 pub mod world;

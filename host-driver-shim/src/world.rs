@@ -1,6 +1,6 @@
 //! What an engine offers: a host address space that runs guest code until it must leave.
 //!
-//! Every engine (`raw`, later `ring1`) implements [`World`]; the monitor drives nothing else. Addresses are linear
+//! Every engine (`raw`, `ring1`) implements [`World`]; the monitor drives nothing else. Addresses are linear
 //! addresses inside the world (0..4 GiB); the shim gives them no meaning.
 
 use bitflags::bitflags;
@@ -70,7 +70,23 @@ pub enum WorldExit {
     Kick,
 }
 
-/// A segment descriptor to install in a world's LDT, always DPL 3 and present.
+/// How the worlds of an engine want their segments.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SegmentRules {
+    /// The hardware ring of guest ring 0: the DPL of its segments, the RPL of its selectors.
+    pub ring0: u8,
+    /// Selector of flat 32-bit code for guest ring 0.
+    pub code_ring0: u16,
+    /// The same for guest ring 3.
+    pub code_ring3: u16,
+    /// So many bytes below the base of flat data segments are the engine's own: no data segment of guest ring 0 may reach
+    /// them.
+    pub hole: u32,
+    /// Code segments of guest ring 0 may be readable.
+    pub readable_code: bool,
+}
+
+/// A segment descriptor to install in a world's LDT, always present.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HostSegment {
     /// Linear base.
@@ -87,6 +103,8 @@ pub struct HostSegment {
     pub expand_down: bool,
     /// Data only: writable. Code: readable.
     pub rw: bool,
+    /// Its DPL: 3, or what [`SegmentRules::ring0`] says.
+    pub ring: u8,
 }
 
 bitflags! {
