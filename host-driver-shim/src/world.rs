@@ -86,6 +86,12 @@ pub struct SegmentRules {
     pub readable_code: bool,
 }
 
+impl SegmentRules {
+    /// Those of `raw`: all guest code is in ring 3, with the host's own flat code segment (GDT entry 4, RPL 3).
+    pub const RAW: SegmentRules =
+        SegmentRules { ring0: 3, code_ring0: 0x23, code_ring3: 0x23, hole: 0, readable_code: true };
+}
+
 /// A segment descriptor to install in a world's LDT, always present.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HostSegment {

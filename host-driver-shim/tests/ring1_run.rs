@@ -453,3 +453,21 @@ fn what_ring_1_writes_into_the_region_is_a_fault_or_without_consequence() {
     }
     assert_eq!(g.run_code(&[0x40, 0xf4]).0, GP);
 }
+
+#[test]
+fn a_world_may_go_while_the_cpu_still_has_its_tables() {
+    in_both_rings(|mut g| {
+        assert_eq!(g.run_code(&[0xf4]).0, GP);
+        for _ in 0..3 {
+            let new = g.engine.spawn_world().unwrap();
+            let old = std::mem::replace(&mut g.world, new);
+            drop(old);
+            // Its pages are used again.
+            let (mut world, ring) = (g.engine.spawn_world().unwrap(), g.ring);
+            std::mem::swap(&mut g.world, &mut world);
+            g.world.map(WorldLin(CODE), 4096, Backing::Code(g.code_page), Prot::READ | Prot::EXEC).unwrap();
+            g.world.set_segment(FLAT, flat(ring, if ring == 1 { END } else { 0 })).unwrap();
+            assert_eq!(g.run_code(&[0xf4]).0, GP);
+        }
+    });
+}

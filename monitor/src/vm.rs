@@ -9,7 +9,7 @@ use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
 use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
 use crate::em::placement::Placement;
-use crate::em::raw::RawEngine;
+use crate::em::raw::{Isolation, RawEngine};
 use crate::em::{Em, Stop, dump};
 use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
@@ -19,6 +19,7 @@ use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
+use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::world::WorldError;
 use std::io::Read;
 use std::path::Path;
@@ -98,13 +99,13 @@ fn host_error(what: &str, e: &dyn std::fmt::Display) -> Ending {
 /// Runs a guest until it ends.
 pub fn run(config: RunConfig) -> RunOutcome {
     match config.engine {
-        EngineChoice::Kvm | EngineChoice::Ring1 => {
+        EngineChoice::Kvm => {
             return RunOutcome::not_started(Ending::HostCannot(format!(
                 "the {} engine is not built yet; use --engine raw or interp",
                 config.engine.name()
             )));
         }
-        EngineChoice::Auto | EngineChoice::Raw | EngineChoice::Interp => {}
+        EngineChoice::Auto | EngineChoice::Raw | EngineChoice::Ring1 | EngineChoice::Interp => {}
     }
     // With this handler a file that outgrows RLIMIT_FSIZE (guest RAM is one) is an error of the call, not our death.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
@@ -203,6 +204,9 @@ fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, En
     if matches!(config.engine, EngineChoice::Auto | EngineChoice::Raw) {
         list.push(Box::new(raw_engine(ram, config, cpu).map_err(|e| host_error("raw mode", &e))?));
     }
+    if config.engine == EngineChoice::Ring1 {
+        list.push(Box::new(ring1_engine(ram, config).map_err(|e| host_error("the ring1 engine", &e))?));
+    }
     let shuffle = config.shuffle.map(|s| {
         let seed = s.seed.unwrap_or_else(host_driver_shim::tsc::read);
         (Shuffle::new(u64::from(s.interval_ms) * 1_000_000, seed), s.interval_ms, seed)
@@ -221,4 +225,12 @@ fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngin
     let host = raw::RawEngine::new(ram, &code, Some(cpu)).map_err(|e: WorldError| e.to_string())?;
     let count_inline = config.stats || config.stats_out.is_some();
     RawEngine::new(Box::new(host), code, count_inline, config.isolation).map_err(|e| e.to_string())
+}
+
+fn ring1_engine(ram: &GuestRam, config: &RunConfig) -> Result<RawEngine, String> {
+    let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
+    let host = Ring1Engine::new(ram, &code).map_err(|e: WorldError| e.to_string())?;
+    let count_inline = config.stats || config.stats_out.is_some();
+    // The hardware keeps the rings apart, in worlds of their own: transitions between them in line are `raw`'s.
+    RawEngine::new(Box::new(host), code, count_inline, Isolation::Strict).map_err(|e| e.to_string())
 }

@@ -149,6 +149,13 @@ impl Machine {
         &self.bell
     }
 
+    /// The tables at `cr3` are about to go.
+    pub(super) fn leave_world(&mut self, cr3: u32) {
+        if self.cr3 == cr3 {
+            self.region = None;
+        }
+    }
+
     /// The x87 and SSE state the vCPU has.
     pub(super) fn fpu(&self) -> Result<[u8; 512], WorldError> {
         Ok(fxsave_of(&self.vcpu.get_fpu().map_err(failed("reading the FPU state"))?))

@@ -245,6 +245,7 @@ impl Drop for Ring1World {
     fn drop(&mut self) {
         let mut vcpu = self.engine.vcpu();
         vcpu.forget(self.number);
+        vcpu.machine.leave_world(self.tables.cr3());
         drop(vcpu);
         self.ldt.iter().filter(|p| **p != 0).for_each(|p| self.engine.pool.free(*p));
         self.engine.pool.free(self.vcpu);

@@ -141,11 +141,11 @@ impl RawEngine {
         let mut regs = *regs;
         let word =
             |this: &Self, at: u32, i: usize| this.kernels[number].world.vcpu_read(at + 4 * i as u32) as u16;
-        let below = self.boundary;
+        let whose = For::Ring3 { below: self.boundary };
         let Transitions { user_cs, user_ss, .. } = self.transitions;
         let mut expected = [0; 6];
-        expected[seg::CS] = self.descriptors.selector(&user_cs, true, &self.layout, below);
-        expected[seg::SS] = self.descriptors.selector(&user_ss, false, &self.layout, below);
+        expected[seg::CS] = self.descriptors.selector(&user_cs, true, &self.layout, whose);
+        expected[seg::SS] = self.descriptors.selector(&user_ss, false, &self.layout, whose);
         for i in [seg::ES, seg::DS, seg::FS, seg::GS] {
             expected[i] = word(self, vp::HOST_RING3, i);
             // What trampolines loaded since the world was entered.
@@ -520,7 +520,7 @@ impl RawEngine {
                 return refused(self, code, lin);
             }
         };
-        if layout.data(lin).0 < LOW_LIMIT {
+        if layout.data(lin).0 < LOW_LIMIT || layout.is_engines(layout.data(lin)) {
             return after(self, Cause::LowMemory, After::Interpret);
         }
         if !m.is_ram(leaf.frame) {

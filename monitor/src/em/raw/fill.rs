@@ -140,6 +140,7 @@ impl RawEngine {
             let at = GuestLin(page << 12);
             let mut this = None;
             let skip = layout.data(at).0 < LOW_LIMIT
+                || layout.is_engines(layout.data(at))
                 || page != centre && space.data.get(at).mapped()
                 || supervisor && layout.reserved(at)
                 || space.code.get(layout.code_in_place_of(at)).mapped();

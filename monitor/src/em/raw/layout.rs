@@ -19,6 +19,8 @@ pub struct Layout {
     pub vcpu: u32,
     /// The 64-bit gate stub, as a guest data address.
     pub gate: u32,
+    /// So many bytes in front of the data at guest linear 0 are the engine's own, in every world.
+    pub hole: u32,
 }
 
 /// Bytes reserved for trampolines of ring-0 code.
@@ -36,13 +38,13 @@ impl Layout {
     /// Trampolines are where no kernel has code, at a distance from c1000000 that makes the highest byte of a jump's
     /// displacement trap ([`patm::good_bases`]).
     pub const CANDIDATES: [Layout; 6] = [
-        Layout { delta: 0x5000_0000, tramp: 0xaf00_0000, vcpu: 0x9d00_0000, gate: 0x9d00_1000 },
-        Layout { delta: 0x7000_0000, tramp: 0xaf00_0000, vcpu: 0x7c80_0000, gate: 0x7c80_1000 },
-        Layout { delta: 0x9000_0000, tramp: 0xa700_0000, vcpu: 0x5c40_0000, gate: 0x5c40_1000 },
-        Layout { delta: 0x5c00_0000, tramp: 0xa700_0000, vcpu: 0x8dc0_0000, gate: 0x8dc0_1000 },
-        Layout { delta: 0xac00_0000, tramp: 0xaf00_0000, vcpu: 0x3d00_0000, gate: 0x3d00_1000 },
+        Layout { delta: 0x5000_0000, tramp: 0xaf00_0000, vcpu: 0x9d00_0000, gate: 0x9d00_1000, hole: 0 },
+        Layout { delta: 0x7000_0000, tramp: 0xaf00_0000, vcpu: 0x7c80_0000, gate: 0x7c80_1000, hole: 0 },
+        Layout { delta: 0x9000_0000, tramp: 0xa700_0000, vcpu: 0x5c40_0000, gate: 0x5c40_1000, hole: 0 },
+        Layout { delta: 0x5c00_0000, tramp: 0xa700_0000, vcpu: 0x8dc0_0000, gate: 0x8dc0_1000, hole: 0 },
+        Layout { delta: 0xac00_0000, tramp: 0xaf00_0000, vcpu: 0x3d00_0000, gate: 0x3d00_1000, hole: 0 },
         // For kernels low in memory, without paging, with up to 3 GiB of RAM.
-        Layout { delta: 0x1000_0000, tramp: 0xdf00_0000, vcpu: 0xc500_0000, gate: 0xc500_1000 },
+        Layout { delta: 0x1000_0000, tramp: 0xdf00_0000, vcpu: 0xc500_0000, gate: 0xc500_1000, hole: 0 },
     ];
 
     /// The same with the trampolines where the highest displacement byte of a jump from code at `top` << 24 traps.
@@ -54,6 +56,7 @@ impl Layout {
             let len = USER_TRAMP_LEN + TRAMP_LEN;
             let apart = |at: u32, size: u32| at.wrapping_sub(first) >= len && first.wrapping_sub(at) >= size;
             *base < 0xc000_0000
+                && apart(self.delta.wrapping_sub(self.hole), self.hole)
                 && apart(place, 2 * 4096)
                 && USER_TRAMPS.iter().all(|user| apart(*user, USER_TRAMP_LEN))
         };
@@ -108,6 +111,11 @@ impl Layout {
     #[must_use]
     pub fn behind_trampolines(&self, lin: GuestLin) -> bool {
         self.in_trampolines(self.code_in_place_of(lin))
+    }
+    /// The engine has something of its own at world address `at`.
+    #[must_use]
+    pub fn is_engines(&self, at: WorldLin) -> bool {
+        self.delta.wrapping_sub(1).wrapping_sub(at.0) < self.hole
     }
     /// A data access at `lin` would hit the vCPU page, the gate or the trampolines.
     #[must_use]

@@ -34,9 +34,10 @@ use crate::trap::{Event, Trap};
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::raw;
+use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
-    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
+    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, SegmentRules, World, WorldError, WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
 pub use joint::Isolation;
@@ -44,7 +45,7 @@ use kernel_code::KernelCode;
 use layout::Layout;
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
-use space::{Descriptors, Role, Space};
+use space::{Descriptors, For, Role, Space};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
 
@@ -215,6 +216,18 @@ pub trait Worlds {
     fn spawn(&self) -> Result<Box<dyn World>, WorldError>;
     /// Worlds made from here on are bound to this host CPU.
     fn set_cpu(&self, cpu: usize);
+    /// What runs guest code with them.
+    fn kind(&self) -> EngineKind {
+        EngineKind::Raw
+    }
+    /// How segments have to be in them.
+    fn segments(&self) -> SegmentRules {
+        SegmentRules::RAW
+    }
+    /// In every world, what [`SegmentRules::hole`] is about now ends at `delta`, where the data of guest linear 0 is.
+    fn settle(&self, _delta: WorldLin) -> Result<(), WorldError> {
+        Ok(())
+    }
 }
 
 impl Worlds for raw::RawEngine {
@@ -223,6 +236,22 @@ impl Worlds for raw::RawEngine {
     }
     fn set_cpu(&self, cpu: usize) {
         raw::RawEngine::set_cpu(self, cpu);
+    }
+}
+
+impl Worlds for Ring1Engine {
+    fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+        Ok(Box::new(self.spawn_world()?))
+    }
+    fn set_cpu(&self, _: usize) {}
+    fn kind(&self) -> EngineKind {
+        EngineKind::Ring1
+    }
+    fn segments(&self) -> SegmentRules {
+        Ring1Engine::segment_rules()
+    }
+    fn settle(&self, delta: WorldLin) -> Result<(), WorldError> {
+        Ring1Engine::settle(self, delta)
     }
 }
 
@@ -289,7 +318,9 @@ impl RawEngine {
         count_inline: bool,
         isolation: Isolation,
     ) -> Result<RawEngine, RawError> {
-        let layout = Layout::CANDIDATES[0];
+        let rules = host.segments();
+        let layout = Layout { hole: rules.hole, ..Layout::CANDIDATES[0] };
+        host.settle(WorldLin(layout.delta))?;
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
         let mut engine = RawEngine {
             host,
@@ -301,7 +332,7 @@ impl RawEngine {
             kernels: vec![kernel],
             users: Vec::new(),
             boundary: None,
-            descriptors: Descriptors::default(),
+            descriptors: Descriptors::new(rules),
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline),
             user_code: UserCode::default(),
@@ -478,8 +509,11 @@ impl RawEngine {
             self.kicking = Some(place);
         }
         self.catch_up(place, cpu, m)?;
-        let below = self.boundary.filter(|_| cpu.cpl == 3 && matches!(place, Place::Kernel(_)));
-        let sel = self.descriptors.selectors(&cpu.seg, &self.layout, below);
+        let whose = match cpu.cpl {
+            3 => For::Ring3 { below: self.boundary.filter(|_| matches!(place, Place::Kernel(_))) },
+            _ => For::Ring0,
+        };
+        let sel = self.descriptors.selectors(&cpu.seg, &self.layout, whose);
         let mut regs = HwRegs { gpr: cpu.gpr, eip: cpu.eip, eflags: 0, sel };
         if cpu.cpl == 3 {
             regs.eflags = (cpu.eflags & USER_FLAGS & !eflags::AC) | eflags::FIXED | eflags::IF;
@@ -567,7 +601,7 @@ impl RawEngine {
         let (mut ring0, mut ring3) = ([0u16; 6], [0u16; 6]);
         if self.boundary.is_some() {
             for (i, s) in cpu.seg.iter().enumerate().filter(|(i, _)| *i != seg::CS) {
-                ring0[i] = self.descriptors.selector(s, false, &self.layout, None);
+                ring0[i] = self.descriptors.selector(s, false, &self.layout, For::Ring0);
                 ring3[i] = self.ring3_selector(s);
             }
             for selector in ring0.into_iter().chain(ring3) {
@@ -605,7 +639,7 @@ impl RawEngine {
 
 impl Engine for RawEngine {
     fn kind(&self) -> EngineKind {
-        EngineKind::Raw
+        self.host.kind()
     }
     fn refusal(&self, cpu: &CpuState) -> Option<RawRefusal> {
         RawEngine::refusal(cpu)

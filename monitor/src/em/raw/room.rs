@@ -44,6 +44,9 @@ impl RawEngine {
         self.layout = self.candidate(self.layouts_tried);
         self.layouts_tried += 1;
         self.moves += 1;
+        self.host.settle(WorldLin(self.layout.delta))?;
+        // Made for the old place of the engine's own things, they may reach the new one.
+        self.descriptors.restart();
         log::info!("reservations move to {:x?}", self.layout);
         self.kernel_code.reset(m, &self.code, self.layout);
         self.joint_code.reset(m, &self.code, &self.layout, self.count_inline);
@@ -76,7 +79,8 @@ impl RawEngine {
     ) -> bool {
         let place = layout.code(code.page_base());
         let ours = [layout.vcpu, layout.gate].into_iter().any(|at| layout.data(GuestLin(at)) == place);
-        supervisor && ours
+        layout.is_engines(place)
+            || supervisor && ours
             || peek(m, cpu, layout.guest_of_data(place))
                 .is_some_and(|l| m.is_ram(l.frame) && (supervisor || l.user))
     }
@@ -121,7 +125,7 @@ impl RawEngine {
 
     /// Arrangement number `i`, with the trampolines at a good distance from the guest kernel.
     fn candidate(&self, i: usize) -> Layout {
-        let layout = Layout::CANDIDATES[i % Layout::CANDIDATES.len()];
+        let layout = Layout { hole: self.layout.hole, ..Layout::CANDIDATES[i % Layout::CANDIDATES.len()] };
         self.code_top.map_or(layout, |top| layout.near(top))
     }
 

@@ -168,7 +168,9 @@ impl RawEngine {
     /// The host selector of ring 3's code in joint worlds; 0 if there is none.
     pub(super) fn user_code_selector(&mut self) -> u16 {
         let user_cs = self.transitions.user_cs;
-        self.boundary.map_or(0, |b| self.descriptors.selector(&user_cs, true, &self.layout, Some(b)))
+        self.boundary.map_or(0, |b| {
+            self.descriptors.selector(&user_cs, true, &self.layout, For::Ring3 { below: Some(b) })
+        })
     }
 
     /// Ring 3 makes system calls by this vector.
@@ -272,7 +274,7 @@ impl RawEngine {
                 (vp::KERNEL_SS_DESC_LOW, stack.descriptor.low),
                 (vp::KERNEL_SS_DESC_HIGH, stack.descriptor.high),
                 (vp::KERNEL_SS_HOST + 4, u32::from(stack.host)),
-                (vp::KERNEL_CS_HOST + 4, u32::from(space::HOST_CODE32)),
+                (vp::KERNEL_CS_HOST + 4, u32::from(self.descriptors.code_ring0())),
             ]);
             self.entry_ss = stack.segment;
         }
@@ -298,7 +300,7 @@ impl RawEngine {
                 if_mask: gate.if_mask,
                 cs: u32::from(kernel_cs.selector),
                 cs_descriptor: table(cs),
-                cs_host: u32::from(space::HOST_CODE32),
+                cs_host: u32::from(self.descriptors.code_ring0()),
                 ..delivery
             };
             if let (Some(stack), Some(user)) = (&stack, &user) {
@@ -327,9 +329,19 @@ impl RawEngine {
         }
         Some(UserSegments {
             cs: descriptor(cpu, m, &user_cs)?,
-            cs_host: self.descriptors.selector(&user_cs, true, &self.layout, Some(boundary)),
+            cs_host: self.descriptors.selector(
+                &user_cs,
+                true,
+                &self.layout,
+                For::Ring3 { below: Some(boundary) },
+            ),
             ss: descriptor(cpu, m, &user_ss)?,
-            ss_host: self.descriptors.selector(&user_ss, false, &self.layout, Some(boundary)),
+            ss_host: self.descriptors.selector(
+                &user_ss,
+                false,
+                &self.layout,
+                For::Ring3 { below: Some(boundary) },
+            ),
         })
     }
 
@@ -374,7 +386,7 @@ impl RawEngine {
         if !segment.is_flat() || !segment.big() {
             return None;
         }
-        let host = self.descriptors.selector(&segment, false, &self.layout, None);
+        let host = self.descriptors.selector(&segment, false, &self.layout, For::Ring0);
         Some(EntryStack { descriptor, segment, host })
     }
 
@@ -397,7 +409,7 @@ impl RawEngine {
             return;
         }
         let layout = self.layout;
-        let host = self.descriptors.selector(&s, false, &layout, None);
+        let host = self.descriptors.selector(&s, false, &layout, For::Ring0);
         let host_ring3 = self.ring3_selector(&s);
         let [a, b, c, d, e, f, g, h] = bytes;
         let bytes = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])];
@@ -413,7 +425,7 @@ impl RawEngine {
     pub(super) fn ring3_selector(&mut self, s: &Segment) -> u16 {
         let Some(boundary) = self.boundary else { return 0 };
         if s.present() && s.attr.dpl() == 3 && !s.expands_down() {
-            self.descriptors.selector(s, false, &self.layout, Some(boundary))
+            self.descriptors.selector(s, false, &self.layout, For::Ring3 { below: Some(boundary) })
         } else {
             0
         }
@@ -428,7 +440,7 @@ impl RawEngine {
         host: u16,
     ) -> Option<Segment> {
         if selector == old.selector
-            && (self.descriptors.selector(&old, false, &self.layout, None) == host
+            && (self.descriptors.selector(&old, false, &self.layout, For::Ring0) == host
                 || host == self.ring3_selector(&old))
         {
             return Some(old);

@@ -9,12 +9,11 @@ use crate::pgm::shadow::{Entry, Scope, Shadow};
 use crate::pgm::walk::Leaf;
 use csam::GuestLin;
 use host_driver_shim::world::{
-    Backing, FillRules, HostSegment, HwRegs, PORT_ROWS, PortRow, Prot, World, WorldError, WorldExit, WorldLin,
+    Backing, FillRules, HostSegment, HwRegs, PORT_ROWS, PortRow, Prot, SegmentRules, World, WorldError,
+    WorldExit, WorldLin,
 };
 use std::collections::HashMap;
 
-/// The host's own flat 32-bit code selector (GDT entry 4, RPL 3): base 0, limit 4 GiB.
-pub const HOST_CODE32: u16 = 0x23;
 /// First LDT slot we use: high, so that the low selectors a guest's own LDT would have fault in a world.
 const FIRST_SLOT: u16 = 0x800;
 /// Slots in a host LDT (LDT_ENTRIES).
@@ -41,31 +40,87 @@ pub enum Role {
     },
 }
 
+/// For which ring of the guest a host selector is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum For {
+    /// Ring 0.
+    Ring0,
+    /// Ring 3.
+    Ring3 {
+        /// No byte from this guest linear address on is to be reached through a segment whose base is 0; segments with
+        /// another base (thread-local storage, addressed with negative offsets) stay whole.
+        below: Option<u32>,
+    },
+}
+
+/// The limit with which a data segment of guest ring 0 keeps out of the last `hole` bytes of the guest's addresses; None: it
+/// begins in them, or is of a kind that cannot be cut.
+fn limit_before_hole(seg: &Segment, hole: u32) -> Option<u32> {
+    let end = u64::from(hole.wrapping_neg());
+    let base = u64::from(seg.base);
+    if seg.expands_down() {
+        let top = if seg.big() { 1u64 << 32 } else { 1 << 16 };
+        let (from, to) = (base + u64::from(seg.limit) + 1, base + top);
+        let hit = |at: u64| from < at + u64::from(hole) && at < to;
+        return (!hit(end) && !hit(end + (1 << 32))).then_some(seg.limit);
+    }
+    let room = end.checked_sub(base).filter(|room| *room > 0)?;
+    if u64::from(seg.limit) < room {
+        return Some(seg.limit);
+    }
+    // Large limits count pages.
+    let room = if room > 0x10_0000 { room & !0xfff } else { room };
+    u32::try_from(room - 1).ok()
+}
+
 /// The descriptors worlds have in their host LDT: one numbering for all worlds of a guest, so that selectors may go from
 /// one to another. A world is given a descriptor when it first needs it ([`Space::install`]).
-#[derive(Default)]
 pub struct Descriptors {
+    rules: SegmentRules,
     slots: HashMap<HostSegment, u16>,
     contents: Vec<HostSegment>,
     /// Counts how often the numbering was started afresh; selectors of an older one are void.
     pub generation: u32,
 }
 
+impl Default for Descriptors {
+    fn default() -> Descriptors {
+        Descriptors::new(SegmentRules::RAW)
+    }
+}
+
 impl Descriptors {
+    /// None yet, for worlds with these rules.
+    #[must_use]
+    pub fn new(rules: SegmentRules) -> Descriptors {
+        Descriptors { rules, slots: HashMap::new(), contents: Vec::new(), generation: 0 }
+    }
+
+    /// Starts the numbering afresh.
+    pub fn restart(&mut self) {
+        self.slots.clear();
+        self.contents.clear();
+        self.generation += 1;
+    }
+
+    /// The selector of flat code of ring 0.
+    #[must_use]
+    pub fn code_ring0(&self) -> u16 {
+        self.rules.code_ring0
+    }
+
     /// The selector of an LDT descriptor with this content.
     fn slot(&mut self, segment: HostSegment) -> u16 {
         if let Some(&s) = self.slots.get(&segment) {
-            return s << 3 | 7;
+            return s << 3 | 4 | u16::from(segment.ring);
         }
         if usize::from(LAST_SLOT - FIRST_SLOT) <= self.contents.len() {
-            self.slots.clear();
-            self.contents.clear();
-            self.generation += 1;
+            self.restart();
         }
         let slot = FIRST_SLOT + self.contents.len() as u16;
         self.contents.push(segment);
         self.slots.insert(segment, slot);
-        slot << 3 | 7
+        slot << 3 | 4 | u16::from(segment.ring)
     }
 
     /// What the slot of a selector holds, with the slot's index among ours.
@@ -77,22 +132,41 @@ impl Descriptors {
         self.contents.get(index).map(|c| (index, *c))
     }
 
-    /// The host selector that gives the hardware what the guest's hidden segment state says. With `below`, no byte from
-    /// that guest linear address on can be reached through it if its base is 0; segments with another base (thread-local
-    /// storage, addressed with negative offsets) stay whole.
-    pub fn selector(&mut self, seg: &Segment, is_cs: bool, layout: &Layout, below: Option<u32>) -> u16 {
+    /// The host selector that gives the hardware what the guest's hidden segment state says.
+    pub fn selector(&mut self, seg: &Segment, is_cs: bool, layout: &Layout, whose: For) -> u16 {
         if !seg.present() {
             return 0;
         }
-        let limit = match below {
-            Some(end) if seg.base == 0 => seg.limit.min(end.wrapping_sub(1)),
+        let rules = self.rules;
+        let (ring, flat_code) = match whose {
+            For::Ring0 => (rules.ring0, rules.code_ring0),
+            For::Ring3 { .. } => (3, rules.code_ring3),
+        };
+        let limit = match whose {
+            For::Ring3 { below: Some(end) } if seg.base == 0 => seg.limit.min(end.wrapping_sub(1)),
+            For::Ring0 if rules.hole != 0 && !is_cs => match limit_before_hole(seg, rules.hole) {
+                Some(limit) => limit,
+                // Not a byte of it can be reached; what is tried is interpreted.
+                None => {
+                    return self.slot(HostSegment {
+                        base: layout.delta,
+                        limit: 0xf_ffff,
+                        limit_in_pages: true,
+                        code: false,
+                        big: true,
+                        expand_down: true,
+                        rw: true,
+                        ring,
+                    });
+                }
+            },
             _ => seg.limit,
         };
         let pages = limit > 0xf_ffff;
         let limit_field = if pages { limit >> 12 } else { limit };
         if is_cs {
             if seg.base == 0 && limit == u32::MAX && seg.big() {
-                return HOST_CODE32;
+                return flat_code;
             }
             return self.slot(HostSegment {
                 base: seg.base,
@@ -101,7 +175,8 @@ impl Descriptors {
                 code: true,
                 big: seg.big(),
                 expand_down: false,
-                rw: true,
+                rw: rules.readable_code,
+                ring,
             });
         }
         let code = seg.attr.contains(SegAttr::CODE);
@@ -116,16 +191,17 @@ impl Descriptors {
             big: seg.big(),
             expand_down,
             rw: !code && rw,
+            ring,
         })
     }
 
     /// Host selectors for all segment registers, in encoding order.
-    pub fn selectors(&mut self, segments: &[Segment; 6], layout: &Layout, below: Option<u32>) -> [u16; 6] {
+    pub fn selectors(&mut self, segments: &[Segment; 6], layout: &Layout, whose: For) -> [u16; 6] {
         loop {
             let generation = self.generation;
             let mut selectors = [0; 6];
             for (i, (s, out)) in segments.iter().zip(&mut selectors).enumerate() {
-                *out = self.selector(s, i == seg::CS, layout, below);
+                *out = self.selector(s, i == seg::CS, layout, whose);
             }
             // If the numbering was started afresh on the way, the first ones are old. A new one has room.
             if generation == self.generation {
@@ -416,10 +492,10 @@ mod tests {
         let layout = Layout::CANDIDATES[0];
         // All but two slots: the third of six different segments starts the LDT afresh.
         for base in 0..u32::from(LAST_SLOT - FIRST_SLOT) - 2 {
-            descriptors.selector(&segment(base), false, &layout, None);
+            descriptors.selector(&segment(base), false, &layout, For::Ring0);
         }
         let wanted: [Segment; 6] = std::array::from_fn(|i| segment(0x8000_0000 + i as u32));
-        let selectors = descriptors.selectors(&wanted, &layout, None);
+        let selectors = descriptors.selectors(&wanted, &layout, For::Ring0);
         assert_eq!(descriptors.generation, 1);
         for (i, selector) in selectors.iter().enumerate().filter(|(i, _)| *i != seg::CS) {
             let (_, content) = descriptors.content(*selector).unwrap();
@@ -431,21 +507,22 @@ mod tests {
     fn a_truncated_segment_ends_below_the_guest_kernel_and_one_with_a_base_is_whole() {
         let (mut d, layout) = (Descriptors::default(), Layout::CANDIDATES[0]);
         let limit = |d: &mut Descriptors, base, is_cs| {
-            let selector = d.selector(&segment(base), is_cs, &layout, Some(0xc000_0000));
+            let selector =
+                d.selector(&segment(base), is_cs, &layout, For::Ring3 { below: Some(0xc000_0000) });
             let (_, c) = d.content(selector).unwrap();
             (c.limit_in_pages, c.limit)
         };
         assert_eq!(limit(&mut d, 0, false), (true, 0xb_ffff));
         assert_eq!(limit(&mut d, 0, true), (true, 0xb_ffff));
         assert_eq!(limit(&mut d, 0x0804_a000, false), (true, 0xf_ffff));
-        assert_eq!(d.selector(&segment(0), true, &layout, None), HOST_CODE32);
+        assert_eq!(d.selector(&segment(0), true, &layout, For::Ring0), d.code_ring0());
     }
 
     #[test]
     fn a_world_is_given_a_descriptor_once_and_again_when_the_numbering_starts_afresh() {
         let mut d = Descriptors::default();
         let mut space = Space::new(Box::new(FakeWorld::new()), Role::Supervisor);
-        let selector = d.selector(&segment(1), false, &Layout::CANDIDATES[0], None);
+        let selector = d.selector(&segment(1), false, &Layout::CANDIDATES[0], For::Ring0);
         space.install(&d, selector).unwrap();
         assert_eq!(space.installed, [1]);
         d.generation += 1;
