@@ -45,6 +45,11 @@ impl GuestRam {
         }
     }
 
+    /// Whether it was said of a frame that they are; of what is no frame they are.
+    pub(crate) fn is_watched(&self, frame: u32) -> bool {
+        self.1.bits.read_u8(u64::from(frame / 8)).is_none_or(|byte| byte >> (frame % 8) & 1 != 0)
+    }
+
     pub(crate) fn watched_fd(&self) -> RawFd {
         self.1.for_worlds.as_raw_fd()
     }

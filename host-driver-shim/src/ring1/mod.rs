@@ -4,12 +4,14 @@
 //! 1. [`monitor`]: the monitor (assembly), what it pushes and where its pages lie.
 //! 2. [`machine`]: the virtual machine, entered and left by KVM_RUN.
 //! 3. [`tables`]: the worlds' page tables.
-//! 4. Here: [`Ring1Engine`], what all worlds of a guest share, and [`Ring1World`], which is a set of page tables and an
+//! 4. [`fill`]: exits that need no monitor process's attention.
+//! 5. Here: [`Ring1Engine`], what all worlds of a guest share, and [`Ring1World`], which is a set of page tables and an
 //!    LDT. All worlds run on the one vCPU.
 //!
 //! A guest that reaches ring 0 of the virtual machine has the machine: guest RAM, copies of its own code, its worlds'
 //! page tables. It does not have this process.
 
+mod fill;
 mod machine;
 mod monitor;
 mod tables;
@@ -23,8 +25,10 @@ use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::raw::{GATE, GATE_REASON};
 use crate::world::{
-    Backing, HostSegment, HwRegs, Kicker, Prot, SegmentRules, World, WorldError, WorldExit, WorldLin,
+    Backing, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, SegmentRules, World,
+    WorldError, WorldExit, WorldLin,
 };
+use fill::Filler;
 use machine::{Bell, CODE_AT, Exit, Machine, RAM_AT};
 use monitor::{FRAME_WORDS, Frame};
 use tables::{Exhausted, Pool, Tables, bit};
@@ -195,6 +199,7 @@ impl Ring1Engine {
             kick: Arc::new(Kick { kicked: AtomicBool::new(false), bell }),
             fx: Box::new(initial_fx()),
             fx_is_ours: true,
+            filler: Filler::new(),
         })
     }
 }
@@ -239,6 +244,7 @@ pub struct Ring1World {
     fx: Box<[u8; 512]>,
     /// `fx` counts; else the vCPU has it, or it is parked.
     fx_is_ours: bool,
+    filler: Filler,
 }
 
 impl Drop for Ring1World {
@@ -403,36 +409,9 @@ impl Ring1World {
         Ok(())
     }
 
-    /// What a frame of guest code says of why it was left.
-    fn exit_of(&self, frame: &Frame, regs: &mut HwRegs) -> WorldExit {
-        let in_gate = self.gate.is_some_and(|gate| regs.eip.wrapping_sub(gate) < 4096);
-        if in_gate && regs.sel[1] == monitor::KERNEL_CS {
-            // Whatever stopped it here, the `hlt` would have come next.
-            if frame.vector == u32::from(monitor::DOORBELL) {
-                self.kick.kicked.store(true, Ordering::SeqCst);
-            }
-            regs.eip = 0;
-            return WorldExit::Gate { reason: self.vcpu_read(GATE_REASON) };
-        }
-        if frame.vector == u32::from(monitor::DOORBELL) {
-            return WorldExit::Kick;
-        }
-        WorldExit::Fault {
-            vector: frame.vector as u8,
-            error_code: frame.error_code,
-            cr2: if frame.vector == 14 { frame.cr2 } else { 0 },
-        }
-    }
-}
-
-impl World for Ring1World {
-    fn run(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
-        if self.kick.kicked.swap(false, Ordering::SeqCst) {
-            return Ok(WorldExit::Kick);
-        }
+    /// Runs guest code once.
+    fn run_once(&mut self, regs: &mut HwRegs, region: u32) -> Result<WorldExit, WorldError> {
         let mut frame: [u32; FRAME_WORDS] = self.frame_of(regs)?.words();
-        let region = self.follow_region()?;
-        self.load_fpu()?;
         let stale = std::mem::take(&mut self.tables.stale);
         let exit = {
             let mut vcpu = self.engine.vcpu();
@@ -462,6 +441,58 @@ impl World for Ring1World {
         Ok(self.exit_of(&f, regs))
     }
 
+    /// What a frame of guest code says of why it was left.
+    fn exit_of(&self, frame: &Frame, regs: &mut HwRegs) -> WorldExit {
+        let in_gate = self.gate.is_some_and(|gate| regs.eip.wrapping_sub(gate) < 4096);
+        if in_gate && regs.sel[1] == monitor::KERNEL_CS {
+            // Whatever stopped it here, the `hlt` would have come next.
+            if frame.vector == u32::from(monitor::DOORBELL) {
+                self.kick.kicked.store(true, Ordering::SeqCst);
+            }
+            regs.eip = 0;
+            return WorldExit::Gate { reason: self.vcpu_read(GATE_REASON) };
+        }
+        if frame.vector == u32::from(monitor::DOORBELL) {
+            return WorldExit::Kick;
+        }
+        WorldExit::Fault {
+            vector: frame.vector as u8,
+            error_code: frame.error_code,
+            cr2: if frame.vector == 14 { frame.cr2 } else { 0 },
+        }
+    }
+}
+
+impl World for Ring1World {
+    fn run(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        if self.kick.kicked.swap(false, Ordering::SeqCst) {
+            return Ok(WorldExit::Kick);
+        }
+        let region = self.follow_region()?;
+        self.load_fpu()?;
+        self.filler.begin();
+        loop {
+            let exit = self.run_once(regs, region)?;
+            match exit {
+                WorldExit::Fault { vector: 14, error_code, cr2 } => {
+                    let filled = self.filler.fill(&mut self.tables, &self.engine.ram, cr2, error_code);
+                    if !filled.map_err(no_memory)? {
+                        return Ok(exit);
+                    }
+                }
+                WorldExit::Gate { reason } => {
+                    let (pool, vcpu) = (&self.engine.pool, self.vcpu);
+                    let word = |at: u32| pool.map().read_u32(vcpu + u64::from(at)).unwrap_or(0);
+                    let Some(resume) = self.filler.quick(&mut self.tables, reason, &regs.gpr, word) else {
+                        return Ok(exit);
+                    };
+                    regs.eip = resume;
+                }
+                exit => return Ok(exit),
+            }
+        }
+    }
+
     fn map(&mut self, at: WorldLin, len: u32, backing: Backing, prot: Prot) -> Result<(), WorldError> {
         let pages = Self::range(at, len)?;
         self.follow_region()?;
@@ -478,12 +509,14 @@ impl World for Ring1World {
         {
             return Err(refused(at, len, "what is executed is never writable in a world"));
         }
+        let as_data = matches!(backing, Backing::Ram(_)) && !prot.contains(Prot::EXEC);
+        let data = if as_data { bit::DATA } else { 0 };
         let kept = self.kept();
         let mut frame = start + offset;
         for page in pages {
             // Where the region lies the guest has nothing, and gets a fault.
             if !kept.contains(&page) {
-                let entry = if prot.is_empty() { 0 } else { frame | ALWAYS | bit::USER | rights(prot) };
+                let entry = if prot.is_empty() { 0 } else { frame | bit::GUEST | data | rights(prot) };
                 self.tables.set(page, entry).map_err(no_memory)?;
             }
             frame += 4096;
@@ -580,7 +613,27 @@ impl World for Ring1World {
         self.vcpu_write(GATE + 4, u32::from(monitor::KERNEL_CS));
         self.gate = Some(stub.0);
         self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
-        self.tables.set(stub_page.start, self.engine.shared.gate | ALWAYS | bit::USER).map_err(no_memory)
+        self.tables.set(stub_page.start, self.engine.shared.gate | bit::GUEST).map_err(no_memory)
+    }
+
+    fn set_fill_rules(&mut self, rules: &FillRules) {
+        self.filler.rules = *rules;
+    }
+
+    fn set_quick(&mut self, table: &[Quick; QUICK_SITES]) {
+        self.filler.quick = *table;
+    }
+
+    fn flushes_done(&self) -> u32 {
+        self.filler.flushes_done
+    }
+
+    fn mark_large(&mut self, lin: u32) {
+        self.filler.mark_large(lin);
+    }
+
+    fn take_fills(&mut self, each: &mut dyn FnMut(Fill)) -> u32 {
+        self.filler.take(each)
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -25,6 +25,10 @@ pub(super) mod bit {
     pub(crate) const ACCESSED: u64 = 0x20;
     pub(crate) const DIRTY: u64 = 0x40;
     pub(crate) const NO_EXECUTE: u64 = 1 << 63;
+    /// Ignored by the processor: guest RAM as data.
+    pub(crate) const DATA: u64 = 1 << 9;
+    /// What every entry for the guest has.
+    pub(crate) const GUEST: u64 = PRESENT | USER | ACCESSED | DIRTY;
     /// What [`super::Tables::protect`] changes.
     pub(crate) const RIGHTS: u64 = WRITE | NO_EXECUTE;
 }
@@ -148,6 +152,17 @@ impl Tables {
             0 => 0,
             table => self.pool.entry(table, page % ENTRIES),
         }
+    }
+
+    /// Guest RAM is mapped there as data.
+    pub(super) fn is_data(&self, page: u32) -> bool {
+        self.get(page & (PAGES - 1)) & bit::DATA != 0
+    }
+
+    /// Something is mapped there that is not guest RAM as data.
+    pub(super) fn is_other(&self, page: u32) -> bool {
+        let entry = self.get(page & (PAGES - 1));
+        entry != 0 && entry & bit::DATA == 0
     }
 
     /// Sets the entry of a page.

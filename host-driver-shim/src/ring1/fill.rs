@@ -1,0 +1,298 @@
+//! What a world's `run` does by itself between two entries of guest code: data faults that are only misses of the shadow,
+//! and `invlpg` of a small page. As the runtime of a raw world does ([`crate::raw::rc_walk`] is the same walk), with
+//! the same notes for the monitor.
+
+use crate::ram::GuestRam;
+use crate::raw::rc_walk::{self, Page, prefetch, right, walk};
+use crate::world::{Fill, FillMode, FillRules, QUICK_SITES, Quick, QuickKind, WorldLin};
+
+use super::machine::RAM_AT;
+use super::tables::{Exhausted, Tables, bit};
+
+/// Pages mapped around a faulting one where the guest has them present. As in the monitor.
+const AROUND: u32 = 16;
+/// 4 KiB pages mapped of a large one.
+const LARGE_PAGES: u32 = 512;
+/// World pages below this are left to the monitor.
+const LOW_PAGES: u32 = 16;
+/// More notes than this, and the monitor is asked.
+const LOG: usize = 512;
+/// The longest run a note tells of.
+const MAX_RUN: u32 = 512;
+/// Page-fault error code bits.
+const PF_WRITE: u32 = 2;
+const PF_FETCH: u32 = 16;
+/// No fault was answered yet.
+const NO_FAULT: u32 = u32::MAX;
+
+/// What a world knows and notes.
+#[derive(Debug)]
+pub(super) struct Filler {
+    pub(super) rules: FillRules,
+    pub(super) quick: [Quick; QUICK_SITES],
+    /// A bit for each 2 MiB of guest linear space in which something of a large page was mapped, ever.
+    large: [u32; 64],
+    log: Vec<Fill>,
+    /// Faults answered since the log was taken.
+    answered: u32,
+    /// `invlpg`s done, ever (wraps).
+    pub(super) flushes_done: u32,
+    /// The fault answered last since the monitor's last look: page address and bit 1 for a write.
+    last: u32,
+}
+
+/// Guest RAM for the walk.
+struct Ram<'a>(&'a GuestRam);
+
+impl Ram<'_> {
+    fn holds(&self, pfn: u64) -> bool {
+        pfn < self.0.size() >> 12
+    }
+    fn is_watched(&self, pfn: u64) -> bool {
+        u32::try_from(pfn).map_or(true, |pfn| self.0.is_watched(pfn))
+    }
+}
+
+impl rc_walk::Tables for Ram<'_> {
+    fn read(&self, at: u64) -> Option<u32> {
+        self.0.read_u32(at)
+    }
+    fn update(&self, at: u64, old: u32, new: u32) -> bool {
+        !self.is_watched(at >> 12) && self.0.compare_exchange_u32(at, old, new) == Some(true)
+    }
+}
+
+impl Filler {
+    pub(super) fn new() -> Filler {
+        Filler {
+            rules: FillRules::default(),
+            quick: Default::default(),
+            large: [0; 64],
+            log: Vec::new(),
+            answered: 0,
+            flushes_done: 0,
+            last: NO_FAULT,
+        }
+    }
+
+    /// The monitor has looked.
+    pub(super) fn begin(&mut self) {
+        self.last = NO_FAULT;
+    }
+
+    pub(super) fn mark_large(&mut self, lin: u32) {
+        self.large[(lin >> 26) as usize] |= 1 << (lin >> 21 & 31);
+    }
+
+    pub(super) fn take(&mut self, each: &mut dyn FnMut(Fill)) -> u32 {
+        self.log.drain(..).for_each(each);
+        std::mem::take(&mut self.answered)
+    }
+
+    fn is_taken(&self, tables: &Tables, page: u32) -> bool {
+        page < LOW_PAGES
+            || tables.is_other(page)
+            || self.rules.keep_out.iter().any(|&(first, len)| page.wrapping_sub(first) < len)
+    }
+
+    /// Answers a page fault if it is only a miss of the data shadow; false: it is the monitor's.
+    pub(super) fn fill(
+        &mut self,
+        tables: &mut Tables,
+        ram: &GuestRam,
+        cr2: u32,
+        error: u32,
+    ) -> Result<bool, Exhausted> {
+        let mode = self.rules.mode;
+        let write = error & PF_WRITE != 0;
+        let this = cr2 & !0xfff | u32::from(write) << 1;
+        let again = std::mem::replace(&mut self.last, this) == this;
+        if error & PF_FETCH != 0
+            || !mode.contains(FillMode::ENABLED)
+            || self.rules.user_cs != 0
+            // The same fault again: something is not as we think. The monitor knows more.
+            || again
+            || self.log.len() > LOG
+            || self.is_taken(tables, cr2 >> 12)
+        {
+            return Ok(false);
+        }
+        let ram = Ram(ram);
+        let user = !mode.contains(FillMode::SUPERVISOR);
+        let lin = cr2.wrapping_sub(self.rules.delta);
+        let Some(page) = walk(&ram, &self.rules, lin, write, user) else { return Ok(false) };
+        if !ram.holds(page.frame >> 12) || write && ram.is_watched(page.frame >> 12) {
+            return Ok(false);
+        }
+        let large = page.rights & right::LARGE != 0;
+        let span = if large { LARGE_PAGES } else { AROUND };
+        let centre = lin >> 12;
+        let low = centre & !(span - 1);
+        let delta_pages = self.rules.delta >> 12;
+        if large {
+            let first = low.wrapping_add(delta_pages) & 0xf_ffff;
+            let ours = |&(at, len): &(u32, u32)| {
+                len != 0 && first < at.saturating_add(len) && at < first.saturating_add(span)
+            };
+            if self.rules.keep_out.iter().any(ours) {
+                return Ok(false);
+            }
+            self.mark_large(lin);
+        }
+        for number in low..low + span {
+            let at = number.wrapping_add(delta_pages) & 0xf_ffff;
+            if self.is_taken(tables, at) || number != centre && tables.is_data(at) {
+                continue;
+            }
+            let this = if number == centre {
+                Some(page)
+            } else if large {
+                let into = u64::from(number).wrapping_sub(u64::from(centre)) << 12;
+                Some(Page { frame: page.frame.wrapping_add(into), ..page })
+            } else {
+                prefetch(&ram, &self.rules, number << 12, user)
+            };
+            let Some(p) = this.filter(|p| ram.holds(p.frame >> 12)) else { continue };
+            let allowed = p.rights & right::WRITABLE != 0 || !user && !mode.contains(FillMode::WP);
+            let writes = allowed && p.rights & right::DIRTY != 0 && !ram.is_watched(p.frame >> 12);
+            let (entry_write, host_write) = if writes { (bit::WRITE, right::HOST_WRITE) } else { (0, 0) };
+            tables.set(at, (RAM_AT + p.frame) | bit::GUEST | bit::DATA | bit::NO_EXECUTE | entry_write)?;
+            self.note(at, (p.frame >> 12) as u32, p.rights | host_write);
+        }
+        self.answered = self.answered.wrapping_add(1);
+        Ok(true)
+    }
+
+    fn note(&mut self, at: u32, pfn: u32, rights: u32) {
+        if let Some(last) = self.log.last_mut()
+            && last.pages != 0
+            && last.pages < MAX_RUN
+            && (last.at.0 >> 12) + last.pages == at
+            && last.pfn + last.pages == pfn
+            && last.rights == rights
+        {
+            last.pages += 1;
+            return;
+        }
+        self.log.push(Fill { at: WorldLin(at << 12), pages: 1, pfn, rights });
+    }
+
+    /// Does what the gate was left for, if it is an `invlpg` in the table: where guest code goes on. `word` reads the vCPU
+    /// page, `selectors` is where it has the guest's.
+    pub(super) fn quick(
+        &mut self,
+        tables: &mut Tables,
+        reason: u32,
+        gpr: &[u32; 8],
+        word: impl Fn(u32) -> u32,
+    ) -> Option<u32> {
+        let quick = *self.quick.iter().find(|q| q.reason == reason && reason != 0)?;
+        if quick.kind != QuickKind::Invlpg
+            || word(SELECTORS.wrapping_add(quick.segment.wrapping_mul(4))) != quick.selector
+        {
+            return None;
+        }
+        let lin = gpr.get(quick.base as usize)?.wrapping_add(quick.displacement);
+        let page = lin.wrapping_add(self.rules.delta) >> 12;
+        let large = self.large[(lin >> 26) as usize] >> (lin >> 21 & 31) & 1 != 0;
+        // Code is shown at its own address; large pages have neighbours that go with them.
+        if large || tables.is_other(lin >> 12) || tables.is_other(page) || self.log.len() > LOG {
+            return None;
+        }
+        if tables.is_data(page) {
+            tables.set(page, 0).ok()?;
+        }
+        self.log.push(Fill { at: WorldLin(page << 12), pages: 0, pfn: 0, rights: 0 });
+        self.last = NO_FAULT;
+        self.flushes_done = self.flushes_done.wrapping_add(1);
+        Some(quick.resume)
+    }
+}
+
+/// vCPU page: the guest-visible selectors. The same as patm's `vcpu_page::SELECTORS`.
+const SELECTORS: u32 = 0x10;
+
+#[cfg(test)]
+mod tests {
+    use super::super::tables::Pool;
+    use super::*;
+
+    const DELTA: u32 = 0x5000_0000;
+
+    /// A guest with a page directory at 1000h and a page table at 2000h for its first 4 MiB, in which each page maps the
+    /// frame of its own number.
+    fn guest() -> (GuestRam, Tables, Filler) {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        ram.write_u32(0x1000, 0x2000 | 7).unwrap();
+        for i in 0..256u64 {
+            ram.write_u32(0x2000 + 4 * i, (i as u32) << 12 | 7).unwrap();
+        }
+        let pool = Pool::new(1 << 20).unwrap();
+        let mut filler = Filler::new();
+        filler.rules = FillRules {
+            mode: FillMode::ENABLED | FillMode::SUPERVISOR | FillMode::WP,
+            cr3: 0x1000,
+            delta: DELTA,
+            ..FillRules::default()
+        };
+        (ram, Tables::new(&pool).unwrap(), filler)
+    }
+
+    fn notes(filler: &mut Filler) -> Vec<(u32, u32, u32)> {
+        let mut notes = Vec::new();
+        filler.take(&mut |f| notes.push((f.at.0, f.pages, f.pfn)));
+        notes
+    }
+
+    #[test]
+    fn a_miss_maps_the_pages_around_and_notes_them_as_one_run() {
+        let (ram, mut tables, mut f) = guest();
+        assert!(f.fill(&mut tables, &ram, DELTA + 0x2_3456, 0).unwrap());
+        let page = |lin: u32| tables.get((DELTA + lin) >> 12);
+        assert_eq!(page(0x2_3000) & 0xf_ffff_f000, RAM_AT + 0x2_3000);
+        assert_eq!(page(0x2_3000) & bit::WRITE, 0, "not dirty yet");
+        assert_ne!(page(0x2_f000), 0);
+        assert_eq!((page(0x1_f000), page(0x3_0000)), (0, 0));
+        assert_eq!(notes(&mut f), [(DELTA + 0x2_0000, 16, 0x20)]);
+        // The write that follows sets D.
+        assert!(f.fill(&mut tables, &ram, DELTA + 0x2_3456, 2).unwrap());
+        assert_ne!(tables.get((DELTA + 0x2_3000) >> 12) & bit::WRITE, 0);
+        assert_eq!(ram.read_u32(0x2000 + 0x23 * 4).unwrap() & 0x60, 0x60);
+    }
+
+    #[test]
+    fn what_is_not_plain_is_the_monitors() {
+        let (ram, mut tables, mut f) = guest();
+        let mut filled =
+            |f: &mut Filler, lin: u32, error| f.fill(&mut tables, &ram, DELTA + lin, error).unwrap();
+        assert!(!filled(&mut f, 0x2_3000, PF_FETCH));
+        assert!(!filled(&mut f, 0x40_0000, 0), "no table");
+        f.rules.keep_out[0] = ((DELTA + 0x5_0000) >> 12, 1);
+        assert!(!filled(&mut f, 0x5_0000, 0));
+        ram.set_watched(0x60, true);
+        assert!(!filled(&mut f, 0x6_0000, PF_WRITE));
+        assert!(filled(&mut f, 0x7_0000, 0));
+        assert!(!filled(&mut f, 0x7_0000, 0), "the same again");
+        f.rules.mode = FillMode::empty();
+        assert!(!filled(&mut f, 0x8_0000, 0));
+    }
+
+    #[test]
+    fn an_invlpg_of_the_table_drops_its_page_and_is_noted() {
+        let (ram, mut tables, mut f) = guest();
+        f.fill(&mut tables, &ram, DELTA + 0x2_3456, 0).unwrap();
+        notes(&mut f);
+        f.quick[3] = Quick { reason: 9, base: 2, selector: 0x7b, segment: 3, resume: 77, ..Quick::default() };
+        let mut gpr = [0; 8];
+        gpr[2] = 0x2_3456;
+        let selector = |value| move |at| if at == SELECTORS + 12 { value } else { 0 };
+        assert_eq!(f.quick(&mut tables, 8, &gpr, selector(0x7b)), None);
+        assert_eq!(f.quick(&mut tables, 9, &gpr, selector(0x33)), None, "another segment");
+        assert_eq!(f.quick(&mut tables, 9, &gpr, selector(0x7b)), Some(77));
+        assert_eq!(tables.get((DELTA + 0x2_3000) >> 12), 0);
+        assert!(tables.stale);
+        assert_eq!((notes(&mut f), f.flushes_done), (vec![(DELTA + 0x2_3000, 0, 0)], 1));
+        f.mark_large(0x2_3456);
+        assert_eq!(f.quick(&mut tables, 9, &gpr, selector(0x7b)), None, "a large page");
+    }
+}
