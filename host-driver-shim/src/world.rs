@@ -273,6 +273,14 @@ pub struct PortRow {
     pub mask: u32,
     /// What they must be.
     pub pattern: u32,
+    /// Not 0: bytes are written in pairs, the low one first, as a number of units of so many counts of the time-stamp
+    /// counter, with 0 for 10000h. The second byte posts only if that time from now is not over before `until`. A first
+    /// byte that waits for its second is in `value`, plus 100h.
+    pub unit: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Reading of the host's time-stamp counter.
+    pub until: u64,
 }
 
 /// How many [`PortRow`]s a world knows.

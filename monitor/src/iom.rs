@@ -66,6 +66,15 @@ pub struct PortCount {
     pub unclaimed: u64,
 }
 
+/// When the EMT will look at the devices whatever happens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Look {
+    /// The host's time-stamp counter then, about.
+    pub tsc: u64,
+    /// Its counts in a CLK of the 8254, 1 or more.
+    pub counts_per_clk: u32,
+}
+
 /// Every device behind the I/O ports.
 pub struct Devices {
     /// 8259A pair.
@@ -367,13 +376,19 @@ impl Devices {
         self.pic.acknowledge()
     }
 
-    /// The ports whose accesses need not be seen at once; `timer`: nor need a new count of counter 0, because the EMT will
-    /// look at the devices soon, whatever happens.
+    /// The ports whose accesses need not be seen at once. With `look` that is also a new count of counter 0 that is over at
+    /// that time or later.
     #[must_use]
-    pub fn quiet_ports(&self, timer: bool) -> [PortRow; PORT_ROWS] {
+    pub fn quiet_ports(&self, look: Option<Look>) -> [PortRow; PORT_ROWS] {
         let [a, b, c, d] = self.pic.quiet_ports();
-        let count = PortRow { port: u32::from(COUNTER_0), posts: 1, ..PortRow::default() };
-        [a, b, c, d, if timer { count } else { PortRow::default() }]
+        let timer = look.map(|look| PortRow {
+            port: u32::from(COUNTER_0),
+            posts: 1,
+            unit: look.counts_per_clk,
+            until: look.tsc,
+            ..PortRow::default()
+        });
+        [a, b, c, d, timer.unwrap_or_default()]
     }
 
     /// The earliest guest time (ns) at which [`run_timers`](Devices::run_timers) must be called.

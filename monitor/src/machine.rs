@@ -3,7 +3,7 @@
 use crate::cpuid_msr::{CpuPolicy, WrmsrEffect};
 use crate::cpum::CpuState;
 use crate::env::{Env, PagingChange, Privilege};
-use crate::iom::Devices;
+use crate::iom::{Devices, Look};
 use crate::pgm::tlb::Tlb;
 use crate::pgm::walk::{Access, PhysMemory, walk};
 use crate::pvclock;
@@ -43,8 +43,8 @@ pub struct Machine {
     tlb_cr3: u32,
     /// Flushes since the engine last looked.
     pub paging_changes: Vec<PagingChange>,
-    /// The EMT will look at the devices soon after it has entered a world.
-    pub looks_soon: bool,
+    /// The timer is spent, and this is when the EMT will look at the devices.
+    pub look: Option<Look>,
     /// A device was accessed: deadlines and interrupt lines may have changed.
     pub devices_touched: bool,
 }
@@ -64,7 +64,7 @@ impl Machine {
             tlb: Tlb::default(),
             tlb_cr3: 0,
             paging_changes: Vec::new(),
-            looks_soon: false,
+            look: None,
             devices_touched: true,
         }
     }

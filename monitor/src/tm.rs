@@ -167,6 +167,14 @@ impl Clock {
         u64::try_from((u128::from(counts) * ns).checked_div(since).unwrap_or(0)).unwrap_or(u64::MAX)
     }
 
+    /// How many counts of the time-stamp counter so many ns are; 0 where it cannot be told.
+    #[must_use]
+    pub fn counts_of_ns(&self, ns: u64) -> u64 {
+        let since = u128::from(self.source.monotonic_ns().saturating_sub(self.made.ns));
+        let counts = u128::from(self.source.tsc().saturating_sub(self.made.tsc));
+        u64::try_from((u128::from(ns) * counts).checked_div(since).unwrap_or(0)).unwrap_or(u64::MAX)
+    }
+
     /// Guest time, ns.
     #[must_use]
     pub fn now(&self) -> u64 {
@@ -248,7 +256,7 @@ mod tests {
         assert_eq!(clock.tsc_hz(Duration::ZERO), None, "no time has passed");
         t.advance(1_000_003);
         assert_eq!(clock.tsc_hz(Duration::ZERO), Some(3_000_000_000));
-        assert_eq!(clock.ns_of_counts(300), 100);
+        assert_eq!((clock.ns_of_counts(300), clock.counts_of_ns(100)), (100, 300));
         assert_eq!(clock.moment(), Moment { tsc: 3 * 1_000_080, ns: 1_000_003 });
         clock.pause();
         t.advance(10);

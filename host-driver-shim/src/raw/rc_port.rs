@@ -10,6 +10,9 @@ use crate::world::{PORT_ROWS, PortRow, PortWrite};
 /// How many writes may wait for the monitor.
 pub(crate) const POSTED: usize = 64;
 
+/// [`PortRow::value`]: a first byte is in the bits below.
+const FIRST: u32 = 0x100;
+
 /// The part of the arena that is about ports.
 #[repr(C)]
 pub(crate) struct PortArea {
@@ -46,15 +49,29 @@ pub(crate) unsafe fn write(a: *mut Arena, port: u16, value: u8) -> bool {
     let Some(row) = row.filter(|row| row.posts != 0 && u32::from(value) & row.mask == row.pattern) else {
         return false;
     };
+    let pending = row.value;
+    let now = crate::tsc::read();
+    if row.unit != 0 {
+        row.value = u32::from(value) | FIRST;
+        if pending & FIRST != 0 {
+            row.value = 0;
+            let number = u32::from(value) << 8 | pending & 0xff;
+            let time = u64::from(row.unit) * u64::from(if number == 0 { 0x1_0000 } else { number });
+            if now.saturating_add(time) < row.until {
+                return false;
+            }
+        }
+    } else if row.readable != 0 {
+        row.value = u32::from(value);
+    }
     // SAFETY: by contract: atomics.
     let (log, posted, done) = unsafe { (&(*a).ports.log, &(*a).ports.posted, &(*a).ports.done) };
     let n = posted.load(Relaxed);
     let Some(slot) = log.get(n as usize) else { return false };
-    slot.store(u64::from(port) | u64::from(value) << 16 | crate::tsc::read() << 24, Relaxed);
+    slot.store(u64::from(port) | u64::from(value) << 16 | now << 24, Relaxed);
     posted.store(n.wrapping_add(1), Relaxed);
     count(done);
-    if row.readable != 0 {
-        row.value = u32::from(value);
+    if row.value != pending {
         // SAFETY: as above.
         unsafe { (&raw mut (*a).ports.rows).write_volatile(rows) };
     }

@@ -352,6 +352,8 @@ pub struct Pit {
     unreported: bool,
     /// When counter 0's last rise was reported, ns.
     reported_at: u64,
+    /// CLKs of counter 0's last two rises, the later one first.
+    rises: [i64; 2],
     /// Rises of counter 0 reported together with a later one.
     pub coalesced: u64,
 }
@@ -369,7 +371,7 @@ impl Pit {
     pub fn new() -> Pit {
         let mut counters = [Counter::new(), Counter::new(), Counter::new()];
         counters[2].gate = false;
-        Pit { counters, seen: 0, unreported: false, reported_at: 0, coalesced: 0 }
+        Pit { counters, seen: 0, unreported: false, reported_at: 0, rises: [0; 2], coalesced: 0 }
     }
 
     fn sync(&mut self, now: u64) -> i64 {
@@ -387,6 +389,7 @@ impl Pit {
             let more = if matches!(c.mode, 2 | 3) && c.next.is_none() { (tick - first) / c.count } else { 0 };
             self.coalesced = self.coalesced.saturating_add(more as u64 + u64::from(self.unreported));
             self.unreported = true;
+            self.rises = [first, self.rises[0]];
         }
         self.seen = self.seen.max(tick);
     }
@@ -471,6 +474,17 @@ impl Pit {
         self.counters[0].mode == 0 && !self.out(0, now)
     }
 
+    /// If counter 0 is a one-shot (mode 4) that is spent, and waits for a count of two bytes: the guest time (ns) at which
+    /// it would rise next if it went on as regularly as last time.
+    #[must_use]
+    pub fn rhythm(&self) -> Option<u64> {
+        let c = &self.counters[0];
+        let [last, before] = self.rises;
+        let waits = c.mode == 4 && !c.bcd && c.gate && c.access == Access::Word && c.write_low.is_none();
+        let spent = !self.unreported && c.next_rise(self.seen).is_none();
+        (waits && spent && before != 0).then(|| ns_of_tick(2 * last - before))
+    }
+
     /// Guest time (ns) of counter 0's next rise that has not been reported.
     #[must_use]
     pub fn next_deadline(&self, now: u64) -> Option<u64> {
@@ -531,6 +545,25 @@ mod tests {
             assert!(t == 0 || ticks_at(ns_of_tick(t) - 1) == t - 1);
         }
         assert_eq!(ticks_at(1_000_000_000), 1_193_182);
+    }
+
+    #[test]
+    fn a_one_shot_has_a_rhythm_while_it_is_spent() {
+        let mut p = Pit::new();
+        for (start, count) in [(1000, 99), (1200, 98)] {
+            program(&mut p, 0x38, count, start);
+            assert_eq!(p.rhythm(), None, "it runs");
+            assert!(p.take_out0(at(start + 150)).rose);
+        }
+        // Rises at 1101 and 1300.
+        assert_eq!(p.rhythm(), Some(at(1499)));
+        p.write(COUNTER_0, 7, at(1400));
+        assert_eq!(p.rhythm(), None, "half a count is written");
+        p.write(COUNTER_0, 0, at(1400));
+        assert_eq!(p.next_deadline(at(1400)), Some(at(1409)));
+        program(&mut p, 0x34, 100, 2000);
+        assert!(p.take_out0(at(2500)).rose);
+        assert_eq!(p.rhythm(), None, "it goes on by itself");
     }
 
     #[test]

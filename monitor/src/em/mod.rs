@@ -16,9 +16,10 @@ use crate::account::{Account, Cause, Kind, Route};
 use crate::config::Trace;
 use crate::cpum::{CpuState, Shadow, cr0, eflags, seg};
 use crate::debug::console::{self, ConsoleTarget, Info};
+use crate::devices::i8254::CLK_HZ;
 use crate::env::{Env, Privilege};
 use crate::interp::{self, Step};
-use crate::iom::ResetCause;
+use crate::iom::{Look, ResetCause};
 use crate::machine::Machine;
 use crate::tm::earliest;
 use crate::trap::{Event, Trap};
@@ -48,9 +49,13 @@ const BURST_PAID: u32 = 64;
 const BURST_LEAST: u32 = 8;
 /// Sites whose bursts are remembered. A guest that makes more of them is forgotten and learnt anew.
 const MAX_BURST_SITES: usize = 1 << 16;
-/// A guest that wakes from HLT for its tick is likely to program the next one and to be back in HLT before this, ns. In that
-/// case its write to the timer costs no exit of its own.
-const LOOK_AFTER_WAKING: u64 = 300_000;
+/// A guest that programs its timer for each tick is likely to go on as regularly as before. So the next look at the devices
+/// is so much after the time at which the next tick would come (ns), and a count for then or later costs no exit.
+const LOOK_AFTER_TICK: u64 = 15_000;
+/// By so much (ns) may a tick be delayed for that, besides.
+const TICK_DELAY: u64 = 25_000;
+/// It is not worth while for a tick that is sooner than this, ns.
+const LOOK_WORTH: u64 = 200_000;
 /// Exits remembered for a dump.
 const RING: usize = 64;
 
@@ -259,17 +264,21 @@ impl Em {
         self.m.devices_touched = false;
         self.feed_serial();
         let now = self.m.clock.now();
+        self.deadline = self.m.devices.next_deadline(now);
         if self.deadline.is_some_and(|d| d <= now) {
             self.m.devices.run_timers(now);
             self.ticker.spent();
+            self.deadline = self.m.devices.next_deadline(now);
         }
         if self.engines.next_shuffle().is_some_and(|at| at <= now) {
             self.engines.shuffle(now);
             self.ticker.spent();
         }
-        self.deadline = self.m.devices.next_deadline(now);
+        self.m.look = None;
         if !self.cpu.halted {
-            let look = self.m.looks_soon.then_some(now + LOOK_AFTER_WAKING);
+            let tick = self.m.devices.pit.rhythm().filter(|tick| *tick > now + LOOK_WORTH);
+            self.m.look = tick.and_then(|tick| self.look_at(tick - TICK_DELAY - now));
+            let look = self.m.look.and(tick).map(|tick| tick + LOOK_AFTER_TICK);
             self.ticker.arm(earliest(earliest(self.deadline, self.engines.next_shuffle()), look), now);
         }
         if let Some(cause) = self.m.devices.take_reset_request() {
@@ -281,6 +290,14 @@ impl Em {
                 ResetCause::DebugExit(status) => Stop::DebugExit(status >> 1),
             });
         }
+    }
+
+    /// So many ns from now.
+    fn look_at(&self, ns: u64) -> Option<Look> {
+        let second = self.m.clock.counts_of_ns(1_000_000_000);
+        let counts_per_clk = u32::try_from(second / CLK_HZ).ok().filter(|counts| *counts != 0)?;
+        let counts = u128::from(second) * u128::from(ns) / 1_000_000_000;
+        Some(Look { tsc: host_tsc().saturating_add(u64::try_from(counts).ok()?), counts_per_clk })
     }
 
     fn sleep(&mut self) {
@@ -298,7 +315,6 @@ impl Em {
             None => self.attention.wait(None),
         }
         self.m.devices_touched = true;
-        self.m.looks_soon = true;
     }
 
     /// Delivers an event through the guest's IDT.
@@ -524,9 +540,7 @@ impl Em {
     fn run_native(&mut self, number: usize) {
         let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
         let ran = self.engines.enter(number, &mut self.cpu, &mut self.m).and_then(|engine| {
-            let after = engine.run(&mut self.cpu, &mut self.m, waits);
-            self.m.looks_soon = false;
-            let after = after?;
+            let after = engine.run(&mut self.cpu, &mut self.m, waits)?;
             Ok((after, engine.last_run(), engine.last_exit()))
         });
         let (after, (entered, left), record) = match ran {

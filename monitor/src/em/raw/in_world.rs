@@ -5,6 +5,7 @@ use super::layout::{TRAMP_LEN, USER_TRAMP_LEN, USER_TRAMPS};
 use super::*;
 use crate::cpum::efer;
 use crate::devices::i8254::COUNTER_0;
+use crate::iom::Look;
 use crate::pgm::shadow::Entry;
 use host_driver_shim::raw::rc_walk::right;
 use host_driver_shim::world::{Fill, FillMode, FillRules, NO_BASE, POSTED_TSC, QuickKind};
@@ -95,7 +96,7 @@ impl Space {
 
     /// Tells the world which ports it may answer in the run to come.
     pub fn allow_ports(&mut self, m: &Machine) {
-        let rows = m.devices.quiet_ports(m.looks_soon);
+        let rows = m.devices.quiet_ports(m.look);
         if self.ports != rows {
             self.world.set_ports(&rows);
             self.ports = rows;
@@ -204,7 +205,7 @@ impl RawEngine {
     /// A site that accesses a port has left by the gate: if worlds might do it themselves, they look at it from now on.
     pub(super) fn learn_port(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
         use iced_x86::Code;
-        let rows = m.devices.quiet_ports(true);
+        let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1 }));
         if rows.iter().all(|row| row.posts == 0) {
             return;
         }
