@@ -11,21 +11,25 @@ macro_rules! address {
         impl $name {
             /// The address `bytes` further on, wrapping at the end of the space.
             #[must_use]
+            #[inline]
             pub const fn wrapping_add(self, bytes: $inner) -> Self {
                 Self(self.0.wrapping_add(bytes))
             }
             /// The first address of the 4 KiB page this address lies in.
             #[must_use]
+            #[inline]
             pub const fn page_base(self) -> Self {
                 Self(self.0 & !0xfff)
             }
             /// The offset inside the 4 KiB page, 0..=4095.
             #[must_use]
+            #[inline]
             pub const fn page_offset(self) -> usize {
                 (self.0 & 0xfff) as usize
             }
             /// The number of the 4 KiB page.
             #[must_use]
+            #[inline]
             pub const fn page_number(self) -> $inner {
                 self.0 >> 12
             }

@@ -21,4 +21,5 @@ pub mod raw;
 pub mod ring1;
 mod shared;
 pub mod tsc;
+pub mod undefined_flags;
 pub mod world;

@@ -62,12 +62,14 @@ impl GuestRam {
 
     /// Copies `to.len()` bytes out, all or nothing.
     #[must_use]
+    #[inline]
     pub fn read(&self, offset: u64, to: &mut [u8]) -> Option<()> {
         self.0.read(offset, to)
     }
 
     /// Copies `from` in, all or nothing.
     #[must_use]
+    #[inline]
     pub fn write(&self, offset: u64, from: &[u8]) -> Option<()> {
         self.0.write(offset, from)
     }

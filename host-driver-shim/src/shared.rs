@@ -104,6 +104,7 @@ impl SharedMap {
     }
 
     /// The address of `offset` if `len` bytes from there lie inside.
+    #[inline]
     fn at(&self, offset: u64, len: usize) -> Option<*mut u8> {
         let offset = usize::try_from(offset).ok()?;
         if offset.checked_add(len)? > self.len {
@@ -114,6 +115,7 @@ impl SharedMap {
     }
 
     /// Copies from the object into `to`; `None` (and nothing copied) if it does not lie inside.
+    #[inline]
     pub(crate) fn read(&self, offset: u64, to: &mut [u8]) -> Option<()> {
         let from = self.at(offset, to.len())?;
         // SAFETY: `from` is valid for to.len() bytes (checked by `at`), `to` is ours alone.
@@ -122,6 +124,7 @@ impl SharedMap {
     }
 
     /// Copies `from` into the object; `None` (and nothing copied) if it does not lie inside.
+    #[inline]
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Option<()> {
         let to = self.at(offset, from.len())?;
         // SAFETY: `to` is valid for from.len() bytes (checked by `at`), `from` cannot overlap a mapping that no

@@ -57,6 +57,13 @@ pub struct ShuffleConfig {
     pub seed: Option<u64>,
 }
 
+/// Comparison with the interpreter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LockstepConfig {
+    /// Instructions to compare; the run ends with them.
+    pub limit: u64,
+}
+
 /// What to boot.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Kernel {
@@ -167,6 +174,8 @@ pub struct RunConfig {
     pub engine: EngineChoice,
     /// Change between all engines there are.
     pub shuffle: Option<ShuffleConfig>,
+    /// Have the interpreter do everything again and compare.
+    pub lockstep: Option<LockstepConfig>,
     /// How the raw engine keeps the guest kernel from its users.
     pub isolation: Isolation,
     /// A restart of the guest boots it again; otherwise it ends the run.
@@ -200,6 +209,7 @@ impl Default for RunConfig {
             memory: DEFAULT_MEMORY,
             engine: EngineChoice::Auto,
             shuffle: None,
+            lockstep: None,
             isolation: Isolation::default(),
             reboot: false,
             serial: [

@@ -5,6 +5,7 @@
 use crate::cpum::CpuState;
 use crate::trap::Trap;
 use csam::GuestLin;
+use iced_x86::Instruction;
 
 /// On whose behalf memory is accessed: decides U/S checks (SDM Vol. 3A, 4.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,10 +51,25 @@ pub trait Env {
     /// Fetches up to `buf.len()` (at most 15) instruction bytes at CPL's privilege; returns how many could be fetched
     /// before a page that faults. The trap is returned only if not even one byte could be fetched.
     fn fetch(&mut self, cpu: &CpuState, at: GuestLin, buf: &mut [u8]) -> Result<usize, Trap>;
+    /// The instruction at CS:EIP, if it is remembered and its bytes have not changed since.
+    fn decoded(&mut self, _cpu: &CpuState) -> Option<Instruction> {
+        None
+    }
+    /// The instruction at CS:EIP, if it is remembered to have been decoded from just these bytes: `got` of them were
+    /// fetched, zeroes are behind.
+    fn decoded_from(&mut self, _cpu: &CpuState, _bytes: &[u8; 16], _got: usize) -> Option<Instruction> {
+        None
+    }
+    /// The bytes just fetched at CS:EIP are this instruction.
+    fn remember_decoded(&mut self, _cpu: &CpuState, _bytes: &[u8; 16], _instruction: &Instruction) {}
     /// The page fault a fetch of the byte at `at` would raise, if any.
     fn fetch_fault(&mut self, cpu: &CpuState, at: GuestLin) -> Option<Trap> {
         let mut b = [0u8; 1];
         self.fetch(cpu, at, &mut b).err()
+    }
+    /// Repeated string instructions do one iteration in a step.
+    fn one_iteration(&self) -> bool {
+        false
     }
     /// `in`: `size` is 1, 2 or 4 bytes. Permission is already checked.
     fn port_in(&mut self, port: u16, size: u8) -> u32;

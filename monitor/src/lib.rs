@@ -22,6 +22,7 @@ pub mod pgm;
 pub mod pvclock;
 pub mod scan;
 pub mod selm;
+pub mod tape;
 pub mod terminal;
 pub mod tm;
 pub mod trap;

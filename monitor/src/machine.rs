@@ -1,16 +1,19 @@
 //! The machine around the virtual CPU: guest RAM, devices, time and policy, as the interpreter sees them ([`Env`]).
 
 use crate::cpuid_msr::{CpuPolicy, WrmsrEffect};
-use crate::cpum::CpuState;
+use crate::cpum::{CpuState, seg};
 use crate::env::{Env, PagingChange, Privilege};
+use crate::interp::decode_cache::{DecodeCache, Place};
 use crate::iom::{Devices, Look};
 use crate::pgm::tlb::Tlb;
 use crate::pgm::walk::{Access, PhysMemory, walk};
 use crate::pvclock;
+use crate::tape::{Input, Tape};
 use crate::tm::Clock;
 use crate::trap::Trap;
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::ram::GuestRam;
+use iced_x86::Instruction;
 use std::cell::RefCell;
 
 /// A write that hit a frame with copies in a code view.
@@ -32,12 +35,15 @@ pub struct Machine {
     pub policy: CpuPolicy,
     /// Virtual time.
     pub clock: Clock,
+    /// Inputs, recorded or played.
+    pub tape: Tape,
     /// For each frame: how many code-view copies of it exist. Writes to such a frame must be seen.
     tracked: Vec<u32>,
     /// Writes seen since the engine last looked.
     pub code_writes: Vec<CodeWrite>,
     /// A and D bits set in frames with copies since the engine last looked: the walk has the machine shared.
     table_writes: RefCell<Vec<CodeWrite>>,
+    decoded: DecodeCache,
     tlb: Tlb,
     /// CR3 the TLB is about: a task switch looks through the new one before it is final.
     tlb_cr3: u32,
@@ -45,6 +51,8 @@ pub struct Machine {
     pub paging_changes: Vec<PagingChange>,
     /// The timer is spent, and this is when the EMT will look at the devices.
     pub look: Option<Look>,
+    /// See [`Env::one_iteration`].
+    pub one_iteration: bool,
     /// A device was accessed: deadlines and interrupt lines may have changed.
     pub devices_touched: bool,
 }
@@ -58,13 +66,16 @@ impl Machine {
             devices,
             policy,
             clock,
+            tape: Tape::Off,
             tracked: vec![0; frames],
             code_writes: Vec::new(),
             table_writes: RefCell::default(),
+            decoded: DecodeCache::new(frames),
             tlb: Tlb::default(),
             tlb_cr3: 0,
             paging_changes: Vec::new(),
             look: None,
+            one_iteration: false,
             devices_touched: true,
         }
     }
@@ -125,6 +136,7 @@ impl Machine {
 
     /// Writes RAM and notes a write to code; bytes beyond the end are dropped. Must not cross a page.
     pub fn write_ram(&mut self, at: GuestPhys, data: &[u8]) {
+        self.decoded.written(at.0);
         if self.ram.write(at.0, data).is_some() && self.is_tracked((at.0 >> 12) as u32) {
             self.code_writes.push(CodeWrite { at, len: data.len() as u32 });
         }
@@ -147,6 +159,24 @@ impl Machine {
     pub fn forget_notes(&mut self) {
         self.take_code_writes();
         self.paging_changes.clear();
+    }
+
+    /// Guest code has run natively: it may have written anywhere.
+    pub fn ran_natively(&mut self) {
+        self.decoded.distrust();
+    }
+
+    /// Where the instruction at CS:EIP lies, if the walk to it is remembered.
+    #[inline]
+    fn place(&self, cpu: &CpuState) -> Option<Place> {
+        if self.tlb_cr3 != cpu.cr3 {
+            return None;
+        }
+        let at = GuestLin(cpu.linear_eip());
+        let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
+        let frame = self.tlb.get(at, Access::fetch(privilege))?;
+        let phys = frame.0 + at.page_offset() as u64;
+        Some(Place { phys, eip: cpu.eip, big: cpu.seg[seg::CS].big() })
     }
 
     /// Forgets walks the interpreter remembers: the guest may have flushed its TLB where the interpreter did not see it.
@@ -203,11 +233,13 @@ struct Chunks {
 
 impl PhysMemory for Machine {
     fn read_u32(&self, at: GuestPhys) -> u32 {
+        self.tape.note_table(at);
         let mut b = [0xff; 4];
         let _ = self.ram.read(at.0, &mut b);
         u32::from_le_bytes(b)
     }
     fn write_u32(&self, at: GuestPhys, value: u32) {
+        self.decoded.written(at.0);
         // A and D bits in page tables. A frame with copies of code may become a page table without being written much.
         let written = self.ram.write(at.0, &value.to_le_bytes()).is_some();
         if written && self.is_tracked((at.0 >> 12) as u32) {
@@ -286,20 +318,58 @@ impl Env for Machine {
         }
     }
 
+    fn one_iteration(&self) -> bool {
+        self.one_iteration
+    }
+
+    #[inline]
+    fn decoded(&mut self, cpu: &CpuState) -> Option<Instruction> {
+        let place = self.place(cpu)?;
+        // It was decoded when CS had another limit, perhaps.
+        let i = self.decoded.get(place)?;
+        let last = cpu.eip.checked_add(i.len() as u32 - 1)?;
+        (last <= cpu.seg[seg::CS].limit).then_some(*i)
+    }
+
+    fn decoded_from(&mut self, cpu: &CpuState, bytes: &[u8; 16], got: usize) -> Option<Instruction> {
+        let place = self.place(cpu)?;
+        self.decoded.get_same(place, bytes, got)
+    }
+
+    fn remember_decoded(&mut self, cpu: &CpuState, bytes: &[u8; 16], instruction: &Instruction) {
+        if let Some(place) = self.place(cpu) {
+            self.decoded.put(place, bytes, instruction);
+        }
+    }
+
     fn port_in(&mut self, port: u16, size: u8) -> u32 {
+        if let Tape::Play(play) = &mut self.tape {
+            return play.port_in(port, size);
+        }
         self.devices_touched = true;
         let now = self.clock.now();
-        self.devices.port_in(port, size, now)
+        let value = self.devices.port_in(port, size, now);
+        self.tape.note(|| Input::In { port, size, value });
+        value
     }
 
     fn port_out(&mut self, port: u16, size: u8, value: u32) {
+        if let Tape::Play(play) = &mut self.tape {
+            return play.port_out(port, size, value);
+        }
+        self.tape.note(|| Input::Out { port, size, value });
         self.devices_touched = true;
         let now = self.clock.now();
         self.devices.port_out(port, size, value, now);
     }
 
     fn tsc(&mut self, cpu: &CpuState) -> u64 {
-        host_driver_shim::tsc::read().wrapping_add_signed(cpu.msr.tsc_offset)
+        if let Tape::Play(play) = &mut self.tape {
+            return play.tsc();
+        }
+        let tsc = self.clock.tsc().wrapping_add_signed(cpu.msr.tsc_offset);
+        self.tape.note(|| Input::Tsc(tsc));
+        tsc
     }
 
     fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -307,8 +377,13 @@ impl Env for Machine {
     }
 
     fn rdmsr(&mut self, cpu: &CpuState, msr: u32) -> Result<u64, Trap> {
-        let tsc = host_driver_shim::tsc::read().wrapping_add_signed(cpu.msr.tsc_offset);
-        self.policy.rdmsr(cpu, msr, tsc)
+        if let Tape::Play(play) = &mut self.tape {
+            return play.rdmsr(msr);
+        }
+        let tsc = self.clock.tsc().wrapping_add_signed(cpu.msr.tsc_offset);
+        let value = self.policy.rdmsr(cpu, msr, tsc);
+        self.tape.note(|| Input::Msr { msr, value });
+        value
     }
 
     fn wrmsr(&mut self, cpu: &mut CpuState, msr: u32, value: u64) -> Result<(), Trap> {
@@ -318,6 +393,13 @@ impl Env for Machine {
             WrmsrEffect::PagingMode => {
                 self.tlb.clear();
                 self.paging_changes.push(PagingChange::Mode);
+            }
+            _ if matches!(self.tape, Tape::Play(_)) => {
+                while let Tape::Play(play) = &mut self.tape
+                    && let Some((at, bytes)) = play.ram()
+                {
+                    self.write_ram(at, &bytes);
+                }
             }
             WrmsrEffect::TscOffset | WrmsrEffect::SystemTime => pvclock::write_system_time(self, cpu),
             WrmsrEffect::WallClock => pvclock::write_wall_clock(self, cpu),

@@ -105,6 +105,9 @@ fn run(config: RunConfig) -> ExitCode {
         Ending::GuestFatal(dump) => {
             let _ = writeln!(stderr(), "subring: guest fatal: {}", dump.trim_end());
         }
+        Ending::Differs(text) => {
+            let _ = writeln!(stderr(), "subring: lockstep: {}", text.trim_end());
+        }
         Ending::BadInput(line) | Ending::HostCannot(line) => {
             complain(code, line);
         }
@@ -117,7 +120,11 @@ fn run(config: RunConfig) -> ExitCode {
         Ending::Restart("triple fault") => {
             complain(code, "the guest restarted itself by a triple fault");
         }
-        Ending::PoweredOff(_) | Ending::Restart(_) | Ending::DebugExit(_) | Ending::Quit => {}
+        Ending::PoweredOff(_)
+        | Ending::Restart(_)
+        | Ending::DebugExit(_)
+        | Ending::Compared
+        | Ending::Quit => {}
     }
     if let Some(stats) = outcome.stats {
         if let Some(path) = stats_out

@@ -17,6 +17,8 @@ pub enum ExitCode {
     /// The guest itself reported failure: the built-in guest's verdict is FAIL, or isa-debug-exit got another value
     /// than 0 or 10h.
     GuestFailed = 5,
+    /// The two engines of a lockstep run differ.
+    Differs = 6,
     /// A mistake in subring itself: a panic. Rust's own exit code for it.
     Internal = 101,
     /// SIGINT, SIGTERM or SIGHUP ended the run.
@@ -25,7 +27,7 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// Every code with its meaning in a line, in numeric order.
-    pub const ALL: [(ExitCode, &'static str); 7] = [
+    pub const ALL: [(ExitCode, &'static str); 8] = [
         (ExitCode::Well, "the guest ended well (power-off, restart, halt for ever, verdict PASS, Ctrl-A x)"),
         (ExitCode::Usage, "usage, or an input file that cannot be used"),
         (
@@ -34,6 +36,7 @@ impl ExitCode {
         ),
         (ExitCode::HostCannot, "the host lacks something; `subring doctor` says what"),
         (ExitCode::GuestFailed, "the guest reported failure (verdict FAIL, isa-debug-exit not 0 or 10h)"),
+        (ExitCode::Differs, "--lockstep found a difference between two engines"),
         (ExitCode::Internal, "an error in subring itself; one line says where"),
         (ExitCode::Interrupted, "interrupted by SIGINT, SIGTERM or SIGHUP"),
     ];
@@ -60,6 +63,10 @@ pub enum Ending {
     Interrupted,
     /// The guest cannot go on; the text is the whole dump, several lines, the first of which is the reason.
     GuestFatal(String),
+    /// Lockstep compared as many instructions as it was to.
+    Compared,
+    /// Lockstep found a difference; the text is all that is known of it, several lines.
+    Differs(String),
     /// An input file cannot be used; one line.
     BadInput(String),
     /// The host cannot do it; one line that says what is lacking and what to do.
@@ -72,7 +79,8 @@ impl Ending {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Ending::PoweredOff(_) | Ending::Restart(_) | Ending::Quit => ExitCode::Well,
-            Ending::DebugExit(0 | 0x10) => ExitCode::Well,
+            Ending::DebugExit(0 | 0x10) | Ending::Compared => ExitCode::Well,
+            Ending::Differs(_) => ExitCode::Differs,
             Ending::DebugExit(_) => ExitCode::GuestFailed,
             Ending::Interrupted => ExitCode::Interrupted,
             Ending::GuestFatal(_) => ExitCode::GuestFatal,
@@ -107,7 +115,7 @@ mod tests {
     fn different_kinds_of_ending_have_different_codes() {
         let mut codes: Vec<u8> = ExitCode::ALL.iter().map(|(code, _)| *code as u8).collect();
         codes.dedup();
-        assert_eq!(codes, [0, 2, 3, 4, 5, 101, 130]);
+        assert_eq!(codes, [0, 2, 3, 4, 5, 6, 101, 130]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use crate::cpum::CpuState;
 use crate::machine::Machine;
+use crate::tape::Input;
 use crate::tm::{Moment, NS_PER_SEC};
 use csam::GuestPhys;
 use std::time::Duration;
@@ -72,9 +73,13 @@ fn put(m: &mut Machine, at: GuestPhys, bytes: &[u8]) {
         return;
     }
     let first = bytes.len().min(0x1000 - (at.0 & 0xfff) as usize);
-    m.write_ram(at, &bytes[..first]);
+    let mut write = |at: GuestPhys, part: &[u8]| {
+        m.write_ram(at, part);
+        m.tape.note(|| Input::Ram { at, bytes: part.to_vec() });
+    };
+    write(at, &bytes[..first]);
     if first < bytes.len() {
-        m.write_ram(at.wrapping_add(first as u64), &bytes[first..]);
+        write(at.wrapping_add(first as u64), &bytes[first..]);
     }
 }
 

@@ -7,8 +7,8 @@
 //! The guest's time-stamp counter is the host's. How fast it counts in guest time is measured here, over the time since
 //! the machine was switched on, and told to the guest (`crate::pvclock`).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Nanoseconds in a second.
@@ -47,6 +47,73 @@ impl TimeSource for HostTime {
     fn monotonic_ns(&self) -> u64 {
         // 2^64 ns are 584 years.
         u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// The host's clocks, which can be held: while they are, and ever after, the time that passed meanwhile does not count.
+/// Clones share the state.
+#[derive(Clone, Debug)]
+pub struct HeldTime(Arc<Mutex<Held>>);
+
+#[derive(Debug)]
+struct Held {
+    host: HostTime,
+    /// What did not count so far.
+    lost: Moment,
+    /// Readings when it was held, if it is.
+    since: Option<Moment>,
+}
+
+impl Held {
+    fn now(&self) -> Moment {
+        let now = || Moment { tsc: host_driver_shim::tsc::read(), ns: self.host.monotonic_ns() };
+        let at = self.since.unwrap_or_else(now);
+        Moment { tsc: at.tsc.wrapping_sub(self.lost.tsc), ns: at.ns.saturating_sub(self.lost.ns) }
+    }
+}
+
+impl HeldTime {
+    /// Counts from now on.
+    #[must_use]
+    pub fn new() -> HeldTime {
+        let nothing = Moment { tsc: 0, ns: 0 };
+        HeldTime(Arc::new(Mutex::new(Held { host: HostTime::new(), lost: nothing, since: None })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops; a second call changes nothing.
+    pub fn hold(&self) {
+        let mut held = self.lock();
+        let now = Moment { tsc: host_driver_shim::tsc::read(), ns: held.host.monotonic_ns() };
+        held.since.get_or_insert(now);
+    }
+
+    /// Goes on from where it was held.
+    pub fn release(&self) {
+        let mut held = self.lock();
+        if let Some(since) = held.since.take() {
+            let ns = held.host.monotonic_ns().saturating_sub(since.ns);
+            held.lost.ns += ns;
+            held.lost.tsc += host_driver_shim::tsc::read().wrapping_sub(since.tsc);
+        }
+    }
+}
+
+impl Default for HeldTime {
+    fn default() -> Self {
+        HeldTime::new()
+    }
+}
+
+impl TimeSource for HeldTime {
+    fn monotonic_ns(&self) -> u64 {
+        self.lock().now().ns
+    }
+    fn tsc(&self) -> u64 {
+        self.lock().now().tsc
     }
 }
 
@@ -175,6 +242,12 @@ impl Clock {
         u64::try_from((u128::from(ns) * counts).checked_div(since).unwrap_or(0)).unwrap_or(u64::MAX)
     }
 
+    /// The time-stamp counter a guest with offset 0 reads.
+    #[must_use]
+    pub fn tsc(&self) -> u64 {
+        self.source.tsc()
+    }
+
     /// Guest time, ns.
     #[must_use]
     pub fn now(&self) -> u64 {
@@ -262,6 +335,19 @@ mod tests {
         t.advance(10);
         assert_eq!(clock.moment(), Moment { tsc: 3 * 1_000_090, ns: 1_000_003 });
         assert_eq!(clock.utc_ns(), 5);
+    }
+
+    #[test]
+    fn time_that_is_held_does_not_count_on_either_clock() {
+        let t = HeldTime::new();
+        t.hold();
+        let (ns, tsc) = (t.monotonic_ns(), t.tsc());
+        std::thread::sleep(Duration::from_millis(20));
+        t.hold();
+        assert_eq!((t.monotonic_ns(), t.tsc()), (ns, tsc));
+        t.release();
+        assert!(t.monotonic_ns() >= ns && t.tsc() >= tsc);
+        assert!(t.0.lock().unwrap().lost.ns >= 20_000_000);
     }
 
     /// A CPU that is taken away: every reading of a clock but the `good`th pair lets a long time pass.

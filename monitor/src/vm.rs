@@ -8,13 +8,14 @@ use crate::cpuid_msr::CpuPolicy;
 use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
 use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
+use crate::em::lockstep::{Difference, Lockstep};
 use crate::em::placement::Placement;
 use crate::em::raw::{Isolation, RawEngine};
 use crate::em::{Em, Stop, dump};
 use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
 use crate::outcome::{Ending, RunOutcome};
-use crate::tm::Clock;
+use crate::tm::{Clock, HeldTime, host_utc_ns};
 use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
@@ -133,7 +134,11 @@ type Finished = (Ending, bool, Option<Box<crate::account::Stats>>);
 /// One life of the guest, from switching on to its end; the flag says that it is to be started again.
 fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, console: &Console) -> Finished {
     let time0 = Instant::now();
-    let clock = Clock::host();
+    let held = config.lockstep.map(|_| HeldTime::new());
+    let clock = match &held {
+        Some(time) => Clock::new(Box::new(time.clone()), host_utc_ns()),
+        None => Clock::host(),
+    };
     let ram = match GuestRam::new(config.memory) {
         Ok(ram) => ram,
         Err(e) => return (host_error("guest RAM", &e), false, None),
@@ -166,6 +171,15 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Ok(em) => em,
         Err(e) => return (host_error("timer", &e), false, None),
     };
+    if let (Some(lockstep), Some(time)) = (config.lockstep, held) {
+        let follower = match GuestRam::new(config.memory) {
+            Ok(ram) => ram,
+            Err(e) => return (host_error("the follower's RAM", &e), false, None),
+        };
+        let devices = Devices::new(DevicesConfig::default());
+        let follower = Machine::new(follower, devices, em.m.policy.clone(), Clock::host());
+        em.lockstep = Some(Lockstep::new(em.cpu.clone(), &mut em.m, follower, time, lockstep.limit));
+    }
     // Only now: threads started before this must not share the CPU with a guest that never sleeps.
     if !em.engines.none()
         && let Err(e) = em.settle(placement)
@@ -177,6 +191,9 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
     let mut stats = Box::new(em.account.stats(em.engines.name(), time0.elapsed().as_nanos() as u64));
     stats.page_fault_handler = em.page_fault_handler();
     console.flush();
+    if let Some(lockstep) = em.lockstep.as_ref().filter(|_| !matches!(stop, Stop::Differs(_))) {
+        eprintln!("subring: {}", lockstep.summary());
+    }
     if let Some(path) = &config.vga_dump {
         let text = dump::vga(&em.m);
         if path.as_os_str() == "-" {
@@ -194,6 +211,8 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Stop::Interrupted => (Ending::Interrupted, false),
         Stop::Fatal(reason) => (Ending::GuestFatal(dump::fatal(&mut em, &reason)), false),
         Stop::Host(reason) => (Ending::HostCannot(reason), false),
+        Stop::Compared => (Ending::Compared, false),
+        Stop::Differs(Difference(text)) => (Ending::Differs(text), false),
     };
     (ending, again, Some(stats))
 }
@@ -223,6 +242,9 @@ fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, En
 fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngine, String> {
     let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
     let host = raw::RawEngine::new(ram, &code, Some(cpu)).map_err(|e: WorldError| e.to_string())?;
+    if config.lockstep.is_some() {
+        host.trap_tsc();
+    }
     let count_inline = config.stats || config.stats_out.is_some();
     RawEngine::new(Box::new(host), code, count_inline, config.isolation).map_err(|e| e.to_string())
 }

@@ -146,6 +146,8 @@ pub(crate) struct Arena {
     pub(crate) setup_errno: AtomicU32,
     /// Set-up: 1 if CPUID raises #GP in this world.
     pub(crate) cpuid_faults: AtomicU32,
+    /// Non-zero: `rdtsc` is to raise #GP(0).
+    pub(crate) trap_tsc: AtomicU32,
     /// Set-up: number of BPF instructions in `filter`.
     pub(crate) filter_len: AtomicU32,
     pub(crate) fx: Fx,
@@ -320,6 +322,7 @@ impl Word {
     pub(crate) const MONITOR_PID: Word = Word(offset_of!(Arena, monitor_pid));
     pub(crate) const SETUP_STEP: Word = Word(offset_of!(Arena, setup_step));
     pub(crate) const SETUP_ERRNO: Word = Word(offset_of!(Arena, setup_errno));
+    pub(crate) const TRAP_TSC: Word = Word(offset_of!(Arena, trap_tsc));
     pub(crate) const CPUID_FAULTS: Word = Word(offset_of!(Arena, cpuid_faults));
     pub(crate) const FILTER_LEN: Word = Word(offset_of!(Arena, filter_len));
 }

@@ -136,6 +136,12 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     let faults = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_CPUID_SET, 0u64) } == 0;
     // SAFETY: the arena is mapped.
     unsafe { (*a).cpuid_faults.store(u32::from(faults), Release) };
+    // SAFETY: the arena is mapped; prctl touches no memory, and nothing here executes RDTSC.
+    unsafe {
+        if (*a).trap_tsc.load(Acquire) != 0 {
+            check(libc::prctl(libc::PR_SET_TSC, libc::PR_TSC_SIGSEGV) == 0)?;
+        }
+    }
     // System calls from below 4 GiB become SIGSYS. The range that may call is everything above.
     let (from, len) = (1u64 << 32, (1u64 << 63) - (1u64 << 32));
     // SAFETY: touches no memory; the runtime lies above 4 GiB.

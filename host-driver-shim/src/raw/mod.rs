@@ -26,7 +26,7 @@ mod spawn;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::code_memory::CodeMemory;
@@ -81,6 +81,7 @@ struct Engine {
     ram: GuestRam,
     code: CodeMemory,
     cpu: AtomicUsize,
+    trap_tsc: AtomicBool,
     filter: Vec<u64>,
     keeper: Keeper,
 }
@@ -94,6 +95,7 @@ impl RawEngine {
             ram: ram.clone(),
             code: code.clone(),
             cpu: AtomicUsize::new(cpu.unwrap_or(UNBOUND)),
+            trap_tsc: AtomicBool::new(false),
             filter,
             keeper,
         })))
@@ -104,6 +106,11 @@ impl RawEngine {
         self.0.cpu.store(cpu, Ordering::Relaxed);
     }
 
+    /// In worlds made from here on `rdtsc` raises #GP(0), so that the monitor decides what the guest reads.
+    pub fn trap_tsc(&self) {
+        self.0.trap_tsc.store(true, Ordering::Relaxed);
+    }
+
     /// Makes a world, ready to run, with nothing mapped.
     pub fn spawn_world(&self) -> Result<RawWorld, WorldError> {
         let engine = &self.0;
@@ -112,6 +119,7 @@ impl RawEngine {
             return Err(host("building the jail's filter")(io::Error::other("too long")));
         }
         arena.set(Word::MONITOR_PID, std::process::id());
+        arena.set(Word::TRAP_TSC, u32::from(engine.trap_tsc.load(Ordering::Relaxed)));
         arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
         arena.set(Word::TURN, turn::WORLD);
         let objects = Objects {

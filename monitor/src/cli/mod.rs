@@ -9,8 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use csam::GuestPhys;
 
 use crate::config::{
-    self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, ModuleFile, RunConfig, SerialTarget,
-    ShuffleConfig, Trace,
+    self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, LockstepConfig, ModuleFile, RunConfig,
+    SerialTarget, ShuffleConfig, Trace,
 };
 use crate::em::raw::Isolation;
 use crate::outcome::ExitCode;
@@ -59,6 +59,7 @@ Examples:
   subring run kernel.elf --module driver.bin,verbose --stats
   subring run --raw boot.bin --load-addr 0x100000 --entry 0x100020
   subring run vmlinuz --engine-shuffle 50         moves the running guest from engine to engine
+  subring run vmlinuz --lockstep interp --lockstep-limit 50000000
   subring run vmlinuz --stats-out run.json; subring report run.json --symbols System.map
 
 On a terminal: Ctrl-A x quits, Ctrl-A c opens the console (and closes it), Ctrl-A b sends a break,
@@ -123,6 +124,12 @@ enum EngineArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum LockstepArg {
+    /// The interpreter
+    Interp,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum IsolationArg {
     /// By segment limits in one world: fast, stops accidents
     Limits,
@@ -174,6 +181,12 @@ struct RunArgs {
     /// Repeat the order of engines of the run that printed this number
     #[arg(long, value_name = "SEED", requires = "engine_shuffle")]
     shuffle_seed: Option<u64>,
+    /// Do everything again on a second engine behind the first, and stop at the first difference
+    #[arg(long, value_enum, value_name = "ENGINE", conflicts_with = "engine_shuffle")]
+    lockstep: Option<LockstepArg>,
+    /// End the run well when so many instructions have been compared
+    #[arg(long, value_name = "INSTRUCTIONS", requires = "lockstep", value_parser = clap::value_parser!(u64).range(1..))]
+    lockstep_limit: Option<u64>,
     /// How the raw engine keeps the guest's kernel from its users
     #[arg(long, value_enum, default_value = "limits", overrides_with = "isolation")]
     isolation: IsolationArg,
@@ -324,6 +337,14 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
     if shuffle.is_some() && !matches!(args.engine, EngineArg::Auto) {
         return Err("--engine-shuffle uses every engine there is; leave out --engine".into());
     }
+    let lockstep = args
+        .lockstep
+        .map(|LockstepArg::Interp| LockstepConfig { limit: args.lockstep_limit.unwrap_or(u64::MAX) });
+    if lockstep.is_some() && matches!(args.engine, EngineArg::Interp) {
+        return Err(
+            "--lockstep interp compares another engine with the interpreter; leave out --engine".into()
+        );
+    }
     let mut trace = args.trace.into_iter().fold(Trace::empty(), |all, one| all | one);
     if let Some(list) = trace_variable {
         trace |= Trace::parse(list).map_err(|why| format!("SUBRING_TRACE: {why}"))?;
@@ -346,6 +367,7 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
             EngineArg::Ring1 => EngineChoice::Ring1,
         },
         shuffle,
+        lockstep,
         reboot: args.reboot,
         serial: serial_ports(args.serial, args.nographic)?,
         debugcon: args.debugcon,
@@ -460,6 +482,14 @@ mod tests {
     }
 
     #[test]
+    fn a_lockstep_run_may_have_a_limit() {
+        let limit = |line| run(line).lockstep.map(|l| l.limit);
+        assert_eq!(limit("run"), None);
+        assert_eq!(limit("run --lockstep interp"), Some(u64::MAX));
+        assert_eq!(limit("run --lockstep interp --lockstep-limit 5000000000"), Some(5_000_000_000));
+    }
+
+    #[test]
     fn every_mistake_is_one_line() {
         for line in [
             "",
@@ -474,6 +504,12 @@ mod tests {
             "run --engine interp --engine-shuffle 50",
             "run --shuffle-seed 1",
             "run --engine-shuffle 50 --shuffle-seed x",
+            "run --lockstep raw",
+            "run --lockstep",
+            "run --lockstep interp --lockstep-limit 0",
+            "run --lockstep interp --engine interp",
+            "run --lockstep interp --engine-shuffle 50",
+            "run --lockstep-limit 5",
             "run --serial tcp:1",
             "run --serial stdio --serial stdio",
             "run -cdrom x",

@@ -77,6 +77,15 @@ impl CpuPolicy {
         policy
     }
 
+    /// Hides what answers differently each time (RDRAND, RDSEED), so that two machines with the same inputs do the same.
+    pub fn hide_randomness(&mut self) {
+        for (leaf, register, bit) in [((1, 0), 2, 30), ((7, 0), 1, 18)] {
+            if let Some(values) = self.leaves.get_mut(&leaf) {
+                values[register] &= !(1 << bit);
+            }
+        }
+    }
+
     fn build(&mut self, cpuid: &dyn Fn(u32, u32) -> [u32; 4], identity: [u32; 4]) {
         let last_basic = identity[0].min(LAST_BASIC);
         let mut put = |leaf, sub, value| self.leaves.insert((leaf, sub), value);

@@ -75,7 +75,9 @@ pub trait Engine {
     /// Why it cannot run the CPU as it is, if it cannot.
     fn refusal(&self, cpu: &CpuState) -> Option<RawRefusal>;
     /// Runs the guest until something happens, in a state [`Self::refusal`] has nothing against. `interrupt_waits`: an
-    /// interrupt waits for IF to be set. Afterwards `cpu` is at an instruction boundary and whole but for the FPU.
+    /// interrupt waits for IF to be set. Afterwards `cpu` is at an instruction boundary and whole but for the FPU, and the
+    /// machine has been told that RAM may have changed ([`Machine::ran_natively`]) and, where the guest may have flushed
+    /// its TLB, that too ([`Machine::forget_translations`]).
     fn run(
         &mut self,
         cpu: &mut CpuState,

@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod dump;
 pub mod engine;
+pub mod lockstep;
 pub mod placement;
 pub mod raw;
 pub mod ticker;
@@ -29,6 +30,7 @@ use csam::GuestLin;
 use engine::{EngineError, EngineKind, Engines, MAX_NOTES, Next};
 use host_driver_shim::tsc::read as host_tsc;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use lockstep::{Difference, Lockstep};
 use patm::vcpu_page as vp;
 use placement::Placement;
 use raw::{After, ExitRecord, RawRefusal};
@@ -78,6 +80,10 @@ pub enum Stop {
     Fatal(String),
     /// The host cannot go on: the reason in a line.
     Host(String),
+    /// Lockstep has compared what was to be compared.
+    Compared,
+    /// Lockstep found a difference.
+    Differs(Difference),
 }
 
 /// Interpreting on after an exit.
@@ -125,6 +131,10 @@ pub struct Em {
     stop: Option<Stop>,
     stopped: bool,
     placement: Option<Placement>,
+    /// The follower, if every step is done again by the interpreter.
+    pub lockstep: Option<Lockstep>,
+    /// Instructions interpreted when the follower was last compared.
+    compared_at: u64,
 }
 
 impl Em {
@@ -160,6 +170,8 @@ impl Em {
             stop: None,
             stopped: false,
             placement: None,
+            lockstep: None,
+            compared_at: 0,
         })
     }
 
@@ -199,7 +211,7 @@ impl Em {
         loop {
             if let Some(stop) = self.stop.take() {
                 self.close_record(host_tsc());
-                return stop;
+                return self.compare_at_end(stop);
             }
             if self.attention.wanted() {
                 self.serve_requests();
@@ -219,7 +231,9 @@ impl Em {
             if self.cpu.interruptible() && self.m.devices.interrupt_pending() {
                 let vector = self.m.devices.acknowledge();
                 self.m.devices_touched = true;
-                self.deliver(Event::External { vector });
+                let event = Event::External { vector };
+                self.compare(0, Some(event));
+                self.deliver(event);
                 continue;
             }
             if self.cpu.halted {
@@ -373,6 +387,7 @@ impl Em {
             {
                 // The hardware's CR0.TS is not ours to set: raise the #NM a lazy-FPU kernel waits for right away.
                 self.early_nm = Some((self.cpu.cr3, self.cpu.eip));
+                self.compare(0, Some(Event::Exception(Trap::NM)));
                 self.deliver(Event::Exception(Trap::NM));
             }
             Next::Interp(reason) => {
@@ -529,6 +544,45 @@ impl Em {
         }
     }
 
+    /// Lockstep: the follower comes to where the CPU is. It gets the event that the CPU is about to get.
+    fn compare(&mut self, counts: u64, event: Option<Event>) {
+        let Some(lockstep) = &mut self.lockstep else { return };
+        let interpreted = self.interpreted - self.compared_at;
+        self.compared_at = self.interpreted;
+        let mut result = lockstep.compare(&self.cpu, &mut self.m, counts, interpreted, event);
+        // With an event the follower is already a step ahead.
+        if result.is_ok() && event.is_none() && lockstep.ram_is_due() {
+            self.engines.fetch_fpu(&mut self.cpu);
+            result = lockstep.compare_all(&self.cpu, &mut self.m);
+        }
+        let done = lockstep.done();
+        match result {
+            Err(difference) => self.stop = Some(Stop::Differs(difference)),
+            Ok(()) if done && event.is_none() => self.stop = Some(Stop::Compared),
+            Ok(()) => {}
+        }
+        // The timer's thread went on counting.
+        self.ticker.spent();
+        self.m.devices_touched = true;
+    }
+
+    /// Lockstep: the last comparison, where the guest ended.
+    fn compare_at_end(&mut self, stop: Stop) -> Stop {
+        if matches!(stop, Stop::Compared | Stop::Differs(_) | Stop::Fatal(_) | Stop::Host(_)) {
+            return stop;
+        }
+        let Some(lockstep) = &mut self.lockstep else { return stop };
+        self.engines.fetch_fpu(&mut self.cpu);
+        let interpreted = self.interpreted - self.compared_at;
+        let result = lockstep
+            .compare(&self.cpu, &mut self.m, 0, interpreted, None)
+            .and_then(|()| lockstep.compare_all(&self.cpu, &mut self.m));
+        match result {
+            Ok(()) => stop,
+            Err(difference) => Stop::Differs(difference),
+        }
+    }
+
     /// An engine cannot go on.
     fn fail(&mut self, e: EngineError) {
         self.stop = Some(match e {
@@ -548,6 +602,7 @@ impl Em {
             Err(e) => return self.fail(e),
         };
         self.close_record(entered);
+        self.compare(left.wrapping_sub(entered), None);
         self.exits += 1;
         if self.ring.len() < RING {
             self.ring.push((record, self.exits));
@@ -793,6 +848,7 @@ impl ConsoleTarget for Em {
         self.stop = Some(Stop::Reset);
     }
     fn nmi(&mut self) {
+        self.compare(0, Some(Event::Nmi));
         self.deliver(Event::Nmi);
     }
 }

@@ -54,6 +54,7 @@ impl Exec<'_> {
             let n = if reverse { 31 - v.leading_zeros() } else { v.trailing_zeros() };
             self.put(0, n)?;
         }
+        self.cpu.eflags = host_driver_shim::undefined_flags::host().scan.on(self.cpu.eflags);
         self.set_flag(eflags::ZF, v == 0);
         Ok(Flow::Next)
     }

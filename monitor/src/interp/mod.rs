@@ -16,7 +16,7 @@ mod alu;
 mod bits;
 mod control;
 mod data;
-mod decode_cache;
+pub mod decode_cache;
 mod dispatch;
 mod flow;
 mod fpu;
@@ -117,13 +117,16 @@ pub fn fetch_decode(cpu: &CpuState, env: &mut dyn Env) -> Result<Instruction, Tr
     if cpu.eip > cs.limit {
         return Err(Trap::gp(0));
     }
+    if let Some(insn) = env.decoded(cpu) {
+        return Ok(insn);
+    }
     let mut bytes = [0u8; 16];
     let room = (cs.limit - cpu.eip).min(14) as usize + 1;
     let at = GuestLin(cpu.linear_eip());
     let got = env.fetch(cpu, at, bytes.get_mut(..room).unwrap_or_default())?.min(room);
     let big = cs.big();
     let fetched = bytes.get(..got).unwrap_or_default();
-    if let Some(insn) = decode_cache::get(at.0, cpu.eip, big, &bytes, got) {
+    if let Some(insn) = env.decoded_from(cpu, &bytes, got) {
         return Ok(insn);
     }
     let bitness = if big { 32 } else { 16 };
@@ -131,7 +134,7 @@ pub fn fetch_decode(cpu: &CpuState, env: &mut dyn Env) -> Result<Instruction, Tr
     let insn = decoder.decode();
     match decoder.last_error() {
         DecoderError::None => {
-            decode_cache::put(at.0, cpu.eip, big, &bytes, &insn);
+            env.remember_decoded(cpu, &bytes, &insn);
             Ok(insn)
         }
         DecoderError::NoMoreBytes if got < room => {

@@ -3,6 +3,7 @@
 use super::{Exec, Flow, Res, mask, sext};
 use crate::cpum::{eflags, gpr};
 use crate::trap::Trap;
+use host_driver_shim::undefined_flags;
 
 impl Exec<'_> {
     /// `mul` and the one-operand `imul`.
@@ -23,8 +24,9 @@ impl Exec<'_> {
         Ok(Flow::Next)
     }
 
-    /// CF and OF; SF, ZF, AF and PF are undefined and stay what they were.
+    /// CF and OF; SF, ZF, AF and PF are undefined.
     fn mul_flags(&mut self, overflow: bool) {
+        self.cpu.eflags = undefined_flags::host().multiply.on(self.cpu.eflags);
         self.set_flag(eflags::CF, overflow);
         self.set_flag(eflags::OF, overflow);
     }
@@ -70,6 +72,7 @@ impl Exec<'_> {
             return Err(Trap::DE);
         }
         self.set_double(size, q | r << (u32::from(size) * 8));
+        self.cpu.eflags = undefined_flags::host().divide.on(self.cpu.eflags);
         Ok(Flow::Next)
     }
 
@@ -88,6 +91,7 @@ impl Exec<'_> {
         }
         let m = u64::from(mask(size));
         self.set_double(size, q as u64 & m | (r as u64 & m) << (u32::from(size) * 8));
+        self.cpu.eflags = undefined_flags::host().divide.on(self.cpu.eflags);
         Ok(Flow::Next)
     }
 
@@ -138,6 +142,7 @@ impl Exec<'_> {
             v.trailing_zeros()
         };
         self.put(0, n)?;
+        self.cpu.eflags = undefined_flags::host().count.on(self.cpu.eflags);
         self.set_flag(eflags::CF, v == 0);
         self.set_flag(eflags::ZF, n == 0);
         Ok(Flow::Next)

@@ -3,6 +3,7 @@
 use super::alu::zsp;
 use super::{Exec, Flow, Res, mask, sext, sign};
 use crate::cpum::eflags;
+use host_driver_shim::undefined_flags;
 
 /// Which shift.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,16 +62,13 @@ impl Exec<'_> {
         };
         let r = r & mask(size);
         self.put(0, r)?;
-        // OF is defined for counts of 1 only; hardware uses the same formula for the others in most cases.
+        // OF is defined for counts of 1 only; AMD's CPUs use the same formula for the others.
         let of = match op {
             Shift::Rol | Shift::Rcl | Shift::Shl => msb(r) != cf,
-            Shift::Ror | Shift::Rcr => msb(r) != msb(r << 1),
-            Shift::Shr => msb(a),
-            Shift::Sar => false,
+            Shift::Ror | Shift::Rcr | Shift::Shr | Shift::Sar => msb(r) != msb(r << 1),
         };
         if matches!(op, Shift::Shl | Shift::Shr | Shift::Sar) {
-            let af = self.cpu.eflags & eflags::AF;
-            self.set_arith(zsp(r, size) | af);
+            self.set_shift_flags(r, size);
         }
         self.set_flag(eflags::CF, cf);
         self.set_flag(eflags::OF, of);
@@ -99,10 +97,19 @@ impl Exec<'_> {
             ((ring >> count) as u32 & mask(size), ring >> (count - 1) & 1 != 0)
         };
         self.put(0, r)?;
+        self.set_shift_flags(r, size);
+        self.set_flag(eflags::CF, cf);
+        // Defined for a count of 1, where it says that the sign has changed; this is the same then, and what AMD's CPUs
+        // do for the others.
+        let msb = |v: u32| v & sign(size) != 0;
+        self.set_flag(eflags::OF, if left { msb(r) != cf } else { msb(r) != msb(r << 1) });
+        Ok(Flow::Next)
+    }
+
+    /// SF, ZF and PF of a shift's result; AF is undefined.
+    fn set_shift_flags(&mut self, r: u32, size: u8) {
         let af = self.cpu.eflags & eflags::AF;
         self.set_arith(zsp(r, size) | af);
-        self.set_flag(eflags::CF, cf);
-        self.set_flag(eflags::OF, (a ^ r) & sign(size) != 0);
-        Ok(Flow::Next)
+        self.cpu.eflags = undefined_flags::host().shift.on(self.cpu.eflags);
     }
 }

@@ -44,7 +44,7 @@ impl Exec<'_> {
         let compares = matches!(op, Str::Cmps | Str::Scas);
         let mut budget = match op {
             // A single-step trap comes after each iteration.
-            _ if self.flag(eflags::TF) => 1,
+            _ if self.flag(eflags::TF) || self.env.one_iteration() => 1,
             Str::Ins | Str::Outs => MAX_IO,
             _ => MAX_SINGLE,
         };

@@ -551,6 +551,7 @@ impl RawEngine {
         let exit = space.run(&mut regs);
         let left = host_tsc();
         space.take_posted(m, entered);
+        m.ran_natively();
         let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
         if !flushed.is_empty() {

@@ -1,0 +1,197 @@
+//! What must agree between leader and follower, and what need not:
+//!
+//! - EFLAGS.RF, and the interrupt shadow: they are about the next instruction only.
+//! - The accessed bit of page-table entries. A processor may set it for pages it does not access (SDM Vol. 3A, 4.8), and
+//!   worlds do, for the neighbours of a page that is missing. It counts as that only in a frame the follower has read
+//!   tables from, and if nothing else of the entry differs; the follower then takes over the leader's bit.
+//! - The FPU's last instruction and its operand (FOP, FIP, FDP), which AMD's processors keep only for exceptions.
+
+use super::COMPARED_FLAGS;
+use crate::cpum::{CpuState, FxState};
+use crate::machine::Machine;
+use csam::GuestPhys;
+use std::collections::HashSet;
+use std::fmt::Write;
+
+/// Bit 5 of a table entry (SDM Vol. 3A, table 4-20).
+const ACCESSED: u8 = 0x20;
+/// Differing pages told of.
+const MAX_PAGES: usize = 8;
+const CHUNK: usize = 1 << 16;
+
+/// The registers that differ, one a line: the leader's, the follower's.
+pub(super) fn registers(leader: &CpuState, follower: &CpuState) -> String {
+    let mut text = String::new();
+    let mut word = |name: &str, a: u64, b: u64| {
+        if a != b {
+            let _ = writeln!(text, "  {name:<8} {a:08x} / {b:08x}");
+        }
+    };
+    for (i, name) in ["eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi"].into_iter().enumerate() {
+        word(name, leader.gpr[i].into(), follower.gpr[i].into());
+    }
+    word("eip", leader.eip.into(), follower.eip.into());
+    word("eflags", (leader.eflags & COMPARED_FLAGS).into(), (follower.eflags & COMPARED_FLAGS).into());
+    word("cpl", leader.cpl.into(), follower.cpl.into());
+    word("halted", leader.halted.into(), follower.halted.into());
+    for (name, a, b) in [
+        ("cr0", leader.cr0, follower.cr0),
+        ("cr2", leader.cr2, follower.cr2),
+        ("cr3", leader.cr3, follower.cr3),
+        ("cr4", leader.cr4, follower.cr4),
+    ] {
+        word(name, a.into(), b.into());
+    }
+    for (i, (a, b)) in leader.pdpte.iter().zip(&follower.pdpte).enumerate() {
+        word(&format!("pdpte{i}"), *a, *b);
+    }
+    for (i, (a, b)) in leader.dr.iter().zip(&follower.dr).enumerate() {
+        word(&format!("dr{i}"), (*a).into(), (*b).into());
+    }
+    let named = ["es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"];
+    let a = leader.seg.iter().chain([&leader.ldtr, &leader.tr]);
+    let b = follower.seg.iter().chain([&follower.ldtr, &follower.tr]);
+    for (name, (a, b)) in named.into_iter().zip(a.zip(b)) {
+        if a != b {
+            let _ = writeln!(text, "  {name:<8} {a:x?} / {b:x?}");
+        }
+    }
+    for (name, a, b) in [("gdtr", leader.gdtr, follower.gdtr), ("idtr", leader.idtr, follower.idtr)] {
+        if a != b {
+            let _ = writeln!(text, "  {name:<8} {a:x?} / {b:x?}");
+        }
+    }
+    if leader.msr != follower.msr {
+        let _ = writeln!(text, "  msr      {:x?} / {:x?}", leader.msr, follower.msr);
+    }
+    text
+}
+
+/// Parts of the FXSAVE image that are compared (SDM Vol. 1, table 10-2): name, offset, length.
+const FX_PARTS: [(&str, usize, usize); 4] = [("fcw", 0, 2), ("fsw", 2, 2), ("ftw", 4, 1), ("mxcsr", 24, 4)];
+
+/// What differs of the FPU.
+pub(super) fn fpu(leader: &FxState, follower: &FxState) -> String {
+    let st = (0..8).map(|i| (format!("st{i}"), 32 + 16 * i, 10));
+    let xmm = (0..8).map(|i| (format!("xmm{i}"), 160 + 16 * i, 16));
+    let parts = FX_PARTS.into_iter().map(|(name, at, len)| (name.to_owned(), at, len));
+    let mut text = String::new();
+    for (name, at, len) in parts.chain(st).chain(xmm) {
+        let (a, b) = (&leader.0[at..at + len], &follower.0[at..at + len]);
+        if a != b {
+            let _ = writeln!(text, "  {name:<8} {a:02x?} / {b:02x?}");
+        }
+    }
+    text
+}
+
+/// Compares RAM. Yields how many accessed bits were set early, or what differs.
+pub(super) fn ram(leader: &Machine, follower: &mut Machine, tables: &HashSet<u32>) -> Result<u64, String> {
+    let (mut ours, mut theirs) = (vec![0u8; CHUNK], vec![0u8; CHUNK]);
+    let (mut early, mut text, mut pages) = (0, String::new(), 0);
+    for at in (0..leader.ram.size()).step_by(CHUNK) {
+        let len = CHUNK.min((leader.ram.size() - at) as usize);
+        leader.read_ram(GuestPhys(at), &mut ours[..len]);
+        follower.read_ram(GuestPhys(at), &mut theirs[..len]);
+        if ours[..len] == theirs[..len] {
+            continue;
+        }
+        for page in (0..len).step_by(4096) {
+            let (a, b) = (&ours[page..page + 4096], &theirs[page..page + 4096]);
+            if a == b {
+                continue;
+            }
+            let base = at + page as u64;
+            match differences(a, b, tables.contains(&((base >> 12) as u32))) {
+                Ok(accessed) => {
+                    early += accessed.len() as u64;
+                    for offset in accessed {
+                        follower.write_ram(GuestPhys(base + offset as u64), &a[offset..=offset]);
+                    }
+                }
+                Err(words) if pages < MAX_PAGES => {
+                    pages += 1;
+                    let _ = writeln!(text, "  page {base:08x}:{words}");
+                }
+                Err(_) => pages += 1,
+            }
+        }
+    }
+    if pages > MAX_PAGES {
+        let _ = writeln!(text, "  and {} pages more", pages - MAX_PAGES);
+    }
+    if text.is_empty() { Ok(early) } else { Err(text) }
+}
+
+/// Offsets of bytes that differ in a table's accessed bits only, or the words that differ, for people.
+fn differences(leader: &[u8], follower: &[u8], table: bool) -> Result<Vec<usize>, String> {
+    let mut accessed = Vec::new();
+    let mut text = String::new();
+    let mut shown = 0;
+    for (i, (a, b)) in leader.chunks_exact(4).zip(follower.chunks_exact(4)).enumerate() {
+        if a == b {
+            continue;
+        }
+        if table && a[0] ^ b[0] == ACCESSED && a[1..] == b[1..] && a[0] & 1 != 0 {
+            accessed.push(4 * i);
+            continue;
+        }
+        shown += 1;
+        if shown <= 4 {
+            let word = |w: &[u8]| w.iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
+            let _ = write!(text, " +{:03x} {} / {}", 4 * i, word(a), word(b));
+        }
+    }
+    if shown > 4 {
+        let _ = write!(text, " and {} words more", shown - 4);
+    }
+    if text.is_empty() { Ok(accessed) } else { Err(text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::tests::machine;
+
+    #[test]
+    fn every_register_counts() {
+        let cpu = CpuState::reset();
+        assert_eq!(registers(&cpu, &cpu), "");
+        let mut other = cpu.clone();
+        (other.gpr[3], other.seg[4].limit, other.dr[7], other.msr.pat) = (1, 7, 0, 0);
+        let text = registers(&cpu, &other);
+        assert!(["ebx", "fs", "dr7", "msr"].iter().all(|name| text.contains(name)), "{text}");
+        assert_eq!(text.lines().count(), 4);
+    }
+
+    #[test]
+    fn of_the_fpu_all_but_its_last_instruction_counts() {
+        let fx = FxState::default();
+        let mut other = fx;
+        other.0[6..24].fill(0xaa);
+        assert_eq!(fpu(&fx, &other), "");
+        for (byte, name) in [(0, "fcw"), (32, "st0"), (153, "st7"), (160, "xmm0"), (287, "xmm7")] {
+            let mut other = fx;
+            other.0[byte] ^= 1;
+            assert!(fpu(&fx, &other).contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_accessed_bit_is_forgiven_in_a_table_only_and_then_taken_over() {
+        let (a, mut b) = (machine(1), machine(1));
+        assert_eq!(ram(&a, &mut b, &HashSet::new()), Ok(0));
+        let _ = a.ram.write(0x5008, &[0x63, 0x40, 0, 0]);
+        let _ = b.ram.write(0x5008, &[0x43, 0x40, 0, 0]);
+        let text = ram(&a, &mut b, &HashSet::from([4])).unwrap_err();
+        assert_eq!(text, "  page 00005000: +008 00004063 / 00004043\n");
+        assert_eq!(ram(&a, &mut b, &HashSet::from([5])), Ok(1));
+        assert_eq!(ram(&a, &mut b, &HashSet::new()), Ok(0));
+        // Not the dirty bit, nor an entry that is not present.
+        for (own, other) in [(0x63, 0x23), (0x20, 0)] {
+            let _ = a.ram.write(0x5008, &[own]);
+            let _ = b.ram.write(0x5008, &[other]);
+            assert!(ram(&a, &mut b, &HashSet::from([5])).is_err());
+        }
+    }
+}
