@@ -137,6 +137,7 @@ impl Machine {
     /// Writes RAM and notes a write to code; bytes beyond the end are dropped. Must not cross a page.
     pub fn write_ram(&mut self, at: GuestPhys, data: &[u8]) {
         self.decoded.written(at.0);
+        self.tape.note_written(at);
         if self.ram.write(at.0, data).is_some() && self.is_tracked((at.0 >> 12) as u32) {
             self.code_writes.push(CodeWrite { at, len: data.len() as u32 });
         }
@@ -240,6 +241,7 @@ impl PhysMemory for Machine {
     }
     fn write_u32(&self, at: GuestPhys, value: u32) {
         self.decoded.written(at.0);
+        self.tape.note_written(at);
         // A and D bits in page tables. A frame with copies of code may become a page table without being written much.
         let written = self.ram.write(at.0, &value.to_le_bytes()).is_some();
         if written && self.is_tracked((at.0 >> 12) as u32) {

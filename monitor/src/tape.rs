@@ -5,7 +5,7 @@
 
 use crate::trap::Trap;
 use csam::GuestPhys;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashSet, VecDeque};
 
 /// One input, or an output the other machine must make as well.
@@ -68,9 +68,25 @@ pub struct Play {
     pub mismatch: Option<String>,
     /// Frames that page walks have read: those with page tables.
     pub tables: RefCell<HashSet<u32>>,
+    /// Frames written to since the owner last emptied this.
+    pub written: RefCell<HashSet<u32>>,
+    last_written: Cell<Option<u32>>,
 }
 
 impl Play {
+    fn note_written(&self, at: GuestPhys) {
+        let frame = (at.0 >> 12) as u32;
+        if self.last_written.replace(Some(frame)) != Some(frame) {
+            self.written.borrow_mut().insert(frame);
+        }
+    }
+
+    /// Counts the frames written to afresh.
+    pub fn forget_written(&mut self) {
+        self.written.get_mut().clear();
+        self.last_written.set(None);
+    }
+
     /// Takes the next input if `wanted` finds in it what it is for; else notes that the machine wanted `what` instead.
     fn next<T>(&mut self, what: impl Fn() -> String, wanted: impl Fn(&Input) -> Option<T>) -> Option<T> {
         let found = self.inputs.front().and_then(wanted);
@@ -130,11 +146,25 @@ impl Play {
 }
 
 impl Tape {
+    /// Inputs are to be written down: the machine must see them all.
+    #[must_use]
+    pub fn is_recording(&self) -> bool {
+        matches!(self, Tape::Record(_))
+    }
+
     /// Writes an input down, if the tape is recording.
     #[inline]
     pub fn note(&mut self, input: impl FnOnce() -> Input) {
         if let Tape::Record(inputs) = self {
             inputs.push_back(input());
+        }
+    }
+
+    /// RAM is written to, not across a page.
+    #[inline]
+    pub fn note_written(&self, at: GuestPhys) {
+        if let Tape::Play(play) = self {
+            play.note_written(at);
         }
     }
 
@@ -150,6 +180,18 @@ impl Tape {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_written_to_are_known_until_they_are_forgotten() {
+        let mut play = Play::default();
+        for at in [0x1000, 0x1ffc, 0x5000, 0x1004] {
+            play.note_written(GuestPhys(at));
+        }
+        assert_eq!(*play.written.borrow(), HashSet::from([1, 5]));
+        play.forget_written();
+        play.note_written(GuestPhys(0x1008));
+        assert_eq!(*play.written.borrow(), HashSet::from([1]));
+    }
 
     #[test]
     fn what_is_played_is_what_was_recorded_and_anything_else_is_a_mismatch() {

@@ -22,7 +22,6 @@ use crate::env::{Env, Privilege};
 use crate::interp::{self, Step};
 use crate::iom::{Look, ResetCause};
 use crate::machine::Machine;
-use crate::tm::earliest;
 use crate::trap::{Event, Trap};
 use crate::trpm;
 use attention::{Attention, Request};
@@ -58,6 +57,8 @@ const LOOK_AFTER_TICK: u64 = 15_000;
 const TICK_DELAY: u64 = 25_000;
 /// It is not worth while for a tick that is sooner than this, ns.
 const LOOK_WORTH: u64 = 200_000;
+/// Guest time after which a guest in lockstep is compared if it does not exit by itself, ns.
+const LOCKSTEP_INTERVAL: u64 = 200_000;
 /// Exits remembered for a dump.
 const RING: usize = 64;
 
@@ -293,7 +294,9 @@ impl Em {
             let tick = self.m.devices.pit.rhythm().filter(|tick| *tick > now + LOOK_WORTH);
             self.m.look = tick.and_then(|tick| self.look_at(tick - TICK_DELAY - now));
             let look = self.m.look.and(tick).map(|tick| tick + LOOK_AFTER_TICK);
-            self.ticker.arm(earliest(earliest(self.deadline, self.engines.next_shuffle()), look), now);
+            let lockstep = self.lockstep.as_ref().map(|_| now + LOCKSTEP_INTERVAL);
+            let wanted = [self.deadline, self.engines.next_shuffle(), look, lockstep];
+            self.ticker.arm(wanted.into_iter().flatten().min(), now);
         }
         if let Some(cause) = self.m.devices.take_reset_request() {
             self.stop = Some(match cause {
@@ -549,16 +552,14 @@ impl Em {
         let Some(lockstep) = &mut self.lockstep else { return };
         let interpreted = self.interpreted - self.compared_at;
         self.compared_at = self.interpreted;
-        let mut result = lockstep.compare(&self.cpu, &mut self.m, counts, interpreted, event);
-        // With an event the follower is already a step ahead.
-        if result.is_ok() && event.is_none() && lockstep.ram_is_due() {
+        let all = lockstep.all_is_due();
+        if all {
             self.engines.fetch_fpu(&mut self.cpu);
-            result = lockstep.compare_all(&self.cpu, &mut self.m);
         }
-        let done = lockstep.done();
+        let result = lockstep.compare(&self.cpu, &mut self.m, counts, interpreted, all, event);
         match result {
             Err(difference) => self.stop = Some(Stop::Differs(difference)),
-            Ok(()) if done && event.is_none() => self.stop = Some(Stop::Compared),
+            Ok(()) if all && lockstep.done() => self.stop = Some(Stop::Compared),
             Ok(()) => {}
         }
         // The timer's thread went on counting.
@@ -574,10 +575,7 @@ impl Em {
         let Some(lockstep) = &mut self.lockstep else { return stop };
         self.engines.fetch_fpu(&mut self.cpu);
         let interpreted = self.interpreted - self.compared_at;
-        let result = lockstep
-            .compare(&self.cpu, &mut self.m, 0, interpreted, None)
-            .and_then(|()| lockstep.compare_all(&self.cpu, &mut self.m));
-        match result {
+        match lockstep.compare(&self.cpu, &mut self.m, 0, interpreted, true, None) {
             Ok(()) => stop,
             Err(difference) => Stop::Differs(difference),
         }

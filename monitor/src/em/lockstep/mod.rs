@@ -3,11 +3,12 @@
 //! 1. The *leader* is the guest that is run. Whatever comes into its machine from outside is recorded
 //!    ([`crate::tape`]); `rdtsc` traps in worlds, so that it is, too.
 //! 2. At each exit, and before each interrupt, EM calls [`Lockstep::compare`]: the *follower* plays the tape and
-//!    interprets until its registers are the leader's. There is no count of native instructions, so the place is known
-//!    by the state alone: all inputs used up, and the same registers, flags, segments and tables. If it does not come
-//!    there in as many instructions as the leader can have executed, or wants an input that is not next on the tape, the
-//!    two differ. An interrupt is then delivered to both.
-//! 3. Every so many instructions, and at the end, all of RAM and the FPU are compared (`state.rs`).
+//!    interprets until it is where the leader is. There is no count of native instructions, so the place is known by
+//!    the state alone: all inputs used up, the same registers, flags, segments and tables, and the same content of every
+//!    page the follower has written to. (Registers alone do not do: a decompressor's loop comes by with the same ones
+//!    again.) If it does not come there in as many instructions as the leader can have executed, or wants an input that
+//!    is not next on the tape, the two differ. An interrupt is then delivered to both.
+//! 3. Every so many instructions, and at the end, all of RAM and the FPU must agree as well (`state.rs`).
 //! 4. Time stands still for the leader while the follower works.
 //!
 //! What need not agree is named in `state.rs`.
@@ -15,6 +16,7 @@
 mod state;
 
 use super::dump;
+use super::engine::MAX_NOTES;
 use crate::cpum::{CpuState, eflags};
 use crate::interp::{self, Step};
 use crate::machine::Machine;
@@ -87,9 +89,9 @@ impl Lockstep {
         self.instructions >= self.limit
     }
 
-    /// RAM is to be compared at the next opportunity.
+    /// All of RAM and the FPU are to be compared the next time: the leader's FPU state must be in CPUM then.
     #[must_use]
-    pub fn ram_is_due(&self) -> bool {
+    pub fn all_is_due(&self) -> bool {
         self.done() || self.instructions - self.ram_compared_at >= RAM_INTERVAL
     }
 
@@ -103,18 +105,20 @@ impl Lockstep {
     }
 
     /// Brings the follower to where the leader is and compares. `counts`: time-stamp counts the leader has run natively
-    /// since the last time, `interpreted`: instructions it has interpreted. `event` is about to be delivered to the
-    /// leader; the follower gets it here.
+    /// since the last time, `interpreted`: instructions it has interpreted. `all`: compare all of RAM and the FPU.
+    /// `event` is about to be delivered to the leader; the follower gets it here.
     pub fn compare(
         &mut self,
         leader: &CpuState,
         m: &mut Machine,
         counts: u64,
         interpreted: u64,
+        all: bool,
         event: Option<Event>,
     ) -> Result<(), Difference> {
         self.time.hold();
-        let result = self.compare_held(leader, m, counts, interpreted, event);
+        let most = LEAST + interpreted + counts.saturating_mul(MOST_PER_COUNT);
+        let result = self.compare_held(leader, m, most, all, event);
         self.time.release();
         result
     }
@@ -123,15 +127,14 @@ impl Lockstep {
         &mut self,
         leader: &CpuState,
         m: &mut Machine,
-        counts: u64,
-        interpreted: u64,
+        most: u64,
+        all: bool,
         event: Option<Event>,
     ) -> Result<(), Difference> {
         if let (Tape::Record(recorded), Tape::Play(play)) = (&mut m.tape, &mut self.m.tape) {
             play.inputs.append(recorded);
         }
-        let most = LEAST + interpreted + counts.saturating_mul(MOST_PER_COUNT);
-        self.advance(leader, most)?;
+        self.advance(leader, m, most, all)?;
         self.compared.0 += 1;
         if let Some(event) = event {
             self.deliver(event);
@@ -140,30 +143,39 @@ impl Lockstep {
     }
 
     /// Interprets until the follower is where the leader is.
-    fn advance(&mut self, leader: &CpuState, most: u64) -> Result<(), Difference> {
+    fn advance(&mut self, leader: &CpuState, m: &Machine, most: u64, all: bool) -> Result<(), Difference> {
         let mut left = most;
-        // The first place with the leader's general registers where something else differs.
+        // What differed at the first place with the leader's general registers.
         let mut near: Option<String> = None;
         loop {
-            if let Some(why) = self.mismatch() {
-                return Err(self.differ(leader, &format!("the interpreter has {why}")));
-            }
-            if self.cpu.eip == leader.eip && self.cpu.gpr == leader.gpr && self.inputs_are_used_up() {
-                let fields = state::registers(leader, &self.cpu);
-                if fields.is_empty() {
+            let mismatch = self.mismatch().map(|what| format!("the interpreter has {what}"));
+            if mismatch.is_none()
+                && self.cpu.eip == leader.eip
+                && self.cpu.gpr == leader.gpr
+                && self.inputs_are_used_up()
+            {
+                let differs = self.compare_here(leader, m, all);
+                if differs.is_empty() {
                     return Ok(());
                 }
-                near.get_or_insert(fields);
+                near.get_or_insert(differs);
             }
-            if left == 0 {
-                let why = match near {
-                    Some(fields) => format!("at the same place\n{fields}"),
-                    None => "the interpreter does not come where the leader is".into(),
-                };
+            let why = if mismatch.is_some() {
+                mismatch
+            } else if left == 0 {
+                Some("the interpreter does not come where the leader is".into())
+            } else if self.cpu.halted {
+                Some("the interpreter halts where the leader goes on".into())
+            } else {
+                None
+            };
+            if let Some(mut why) = why {
+                if let Some(near) = near {
+                    why += ". Before that, where it first had the leader's general registers, these differed (leader / ";
+                    why += "interpreter):\n";
+                    why += &near;
+                }
                 return Err(self.differ(leader, &why));
-            }
-            if self.cpu.halted {
-                return Err(self.differ(leader, "the interpreter halts where the leader goes on"));
             }
             // The leader may have been interrupted between two iterations.
             self.m.one_iteration = self.cpu.eip == leader.eip;
@@ -197,8 +209,10 @@ impl Lockstep {
                 Step::Raise(Event::Exception(trap))
             }
         };
-        // No engine follows the follower.
-        self.m.forget_notes();
+        if self.m.notes() > MAX_NOTES {
+            // No engine follows the follower.
+            self.m.forget_notes();
+        }
         if let Step::Raise(event) = step {
             if matches!(event, Event::Software { .. }) {
                 if let Err(trap) = trpm::try_deliver(&mut self.cpu, &mut self.m, event) {
@@ -221,33 +235,38 @@ impl Lockstep {
         }
     }
 
-    /// Compares RAM and the FPU. The leader's FPU state is in `leader`.
-    pub fn compare_all(&mut self, leader: &CpuState, m: &mut Machine) -> Result<(), Difference> {
-        self.time.hold();
-        let result = self.compare_all_held(leader, m);
-        self.time.release();
-        result
-    }
-
-    fn compare_all_held(&mut self, leader: &CpuState, m: &mut Machine) -> Result<(), Difference> {
-        let since = self.instructions - self.ram_compared_at;
-        let fpu = state::fpu(&leader.fpu, &self.cpu.fpu);
-        if !fpu.is_empty() {
-            return Err(self.differ(leader, &format!("within the last {since} instructions\n{fpu}")));
+    /// What differs if this is the place.
+    fn compare_here(&mut self, leader: &CpuState, m: &Machine, all: bool) -> String {
+        let fields = state::registers(leader, &self.cpu);
+        if !fields.is_empty() {
+            return fields;
         }
-        let tables = match &self.m.tape {
-            Tape::Play(play) => play.tables.borrow().clone(),
-            _ => Default::default(),
+        let Tape::Play(play) = &self.m.tape else { return String::new() };
+        let (tables, written) = (play.tables.borrow().clone(), play.written.borrow().clone());
+        let mut early = match state::frames(m, &mut self.m, &tables, written.into_iter()) {
+            Ok(early) => early,
+            Err(pages) => return pages,
         };
-        match state::ram(m, &mut self.m, &tables) {
-            Ok(early) => self.early_a_bits += early,
-            Err(pages) => {
-                return Err(self.differ(leader, &format!("within the last {since} instructions\n{pages}")));
+        if all {
+            match state::ram(m, &mut self.m, &tables) {
+                Ok(n) => early += n,
+                Err(pages) => {
+                    let since = self.instructions - self.ram_compared_at;
+                    return format!("{pages}  (or one of them within the last {since} instructions)\n");
+                }
             }
+            let fpu = state::fpu(&leader.fpu, &self.cpu.fpu);
+            if !fpu.is_empty() {
+                return fpu;
+            }
+            if let Tape::Play(play) = &mut self.m.tape {
+                play.forget_written();
+            }
+            self.ram_compared_at = self.instructions;
+            self.compared.1 += 1;
         }
-        self.ram_compared_at = self.instructions;
-        self.compared.1 += 1;
-        Ok(())
+        self.early_a_bits += early;
+        String::new()
     }
 
     fn differ(&mut self, leader: &CpuState, why: &str) -> Difference {

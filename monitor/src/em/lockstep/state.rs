@@ -85,10 +85,65 @@ pub(super) fn fpu(leader: &FxState, follower: &FxState) -> String {
     text
 }
 
-/// Compares RAM. Yields how many accessed bits were set early, or what differs.
+/// Where leader and follower differ in RAM.
+struct Found<'a> {
+    tables: &'a HashSet<u32>,
+    early: u64,
+    text: String,
+    pages: usize,
+}
+
+impl Found<'_> {
+    /// Two versions of the page at `base` that are not the same.
+    fn page(&mut self, base: u64, leader: &[u8], own: &[u8], follower: &mut Machine) {
+        match differences(leader, own, self.tables.contains(&((base >> 12) as u32))) {
+            Ok(accessed) => {
+                self.early += accessed.len() as u64;
+                for offset in accessed {
+                    follower.write_ram(GuestPhys(base + offset as u64), &leader[offset..=offset]);
+                }
+            }
+            Err(words) => {
+                self.pages += 1;
+                if self.pages <= MAX_PAGES {
+                    let _ = writeln!(self.text, "  page {base:08x}:{words}");
+                }
+            }
+        }
+    }
+
+    fn result(mut self) -> Result<u64, String> {
+        if self.pages > MAX_PAGES {
+            let _ = writeln!(self.text, "  and {} pages more", self.pages - MAX_PAGES);
+        }
+        if self.text.is_empty() { Ok(self.early) } else { Err(self.text) }
+    }
+}
+
+/// Compares some frames. Yields how many accessed bits were set early, or what differs.
+pub(super) fn frames(
+    leader: &Machine,
+    follower: &mut Machine,
+    tables: &HashSet<u32>,
+    frames: impl Iterator<Item = u32>,
+) -> Result<u64, String> {
+    let mut found = Found { tables, early: 0, text: String::new(), pages: 0 };
+    let (mut ours, mut theirs) = ([0u8; 4096], [0u8; 4096]);
+    for frame in frames {
+        let base = u64::from(frame) << 12;
+        leader.read_ram(GuestPhys(base), &mut ours);
+        follower.read_ram(GuestPhys(base), &mut theirs);
+        if ours != theirs {
+            found.page(base, &ours, &theirs, follower);
+        }
+    }
+    found.result()
+}
+
+/// Compares all of RAM.
 pub(super) fn ram(leader: &Machine, follower: &mut Machine, tables: &HashSet<u32>) -> Result<u64, String> {
+    let mut found = Found { tables, early: 0, text: String::new(), pages: 0 };
     let (mut ours, mut theirs) = (vec![0u8; CHUNK], vec![0u8; CHUNK]);
-    let (mut early, mut text, mut pages) = (0, String::new(), 0);
     for at in (0..leader.ram.size()).step_by(CHUNK) {
         let len = CHUNK.min((leader.ram.size() - at) as usize);
         leader.read_ram(GuestPhys(at), &mut ours[..len]);
@@ -98,29 +153,12 @@ pub(super) fn ram(leader: &Machine, follower: &mut Machine, tables: &HashSet<u32
         }
         for page in (0..len).step_by(4096) {
             let (a, b) = (&ours[page..page + 4096], &theirs[page..page + 4096]);
-            if a == b {
-                continue;
-            }
-            let base = at + page as u64;
-            match differences(a, b, tables.contains(&((base >> 12) as u32))) {
-                Ok(accessed) => {
-                    early += accessed.len() as u64;
-                    for offset in accessed {
-                        follower.write_ram(GuestPhys(base + offset as u64), &a[offset..=offset]);
-                    }
-                }
-                Err(words) if pages < MAX_PAGES => {
-                    pages += 1;
-                    let _ = writeln!(text, "  page {base:08x}:{words}");
-                }
-                Err(_) => pages += 1,
+            if a != b {
+                found.page(at + page as u64, a, b, follower);
             }
         }
     }
-    if pages > MAX_PAGES {
-        let _ = writeln!(text, "  and {} pages more", pages - MAX_PAGES);
-    }
-    if text.is_empty() { Ok(early) } else { Err(text) }
+    found.result()
 }
 
 /// Offsets of bytes that differ in a table's accessed bits only, or the words that differ, for people.

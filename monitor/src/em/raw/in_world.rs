@@ -205,6 +205,10 @@ impl RawEngine {
     /// A site that accesses a port has left by the gate: if worlds might do it themselves, they look at it from now on.
     pub(super) fn learn_port(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
         use iced_x86::Code;
+        if m.tape.is_recording() {
+            // What a world does with a port is not on the tape.
+            return;
+        }
         let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1 }));
         if rows.iter().all(|row| row.posts == 0) {
             return;
