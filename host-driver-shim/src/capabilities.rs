@@ -1,9 +1,9 @@
 //! What this host offers, found out by trying. Nothing here leaves a trace in the calling process.
 
+use crate::kvm::{self, KvmWorth};
 use std::ffi::c_long;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 
 /// Outcome of a probe.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,7 +46,7 @@ pub struct HostCapabilities {
     pub fsgsbase: Probe,
     /// `userfaultfd`, user mode only.
     pub userfaultfd: Probe,
-    /// `/dev/kvm` opens and answers its API version. Whether it is hardware is not probed.
+    /// `/dev/kvm` makes a virtual machine that runs a few instructions of protected mode.
     pub kvm: Probe,
 }
 
@@ -293,17 +293,9 @@ fn userfaultfd() -> Probe {
 }
 
 fn kvm() -> Probe {
-    const KVM_GET_API_VERSION: u64 = 0xae00;
-    let file = match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(file) => file,
-        Err(error) => return Probe::Fails(error.to_string()),
-    };
-    // SAFETY: the request takes no argument and changes nothing.
-    let version = unsafe { libc::ioctl(file.as_raw_fd(), KVM_GET_API_VERSION, 0) };
-    if version == 12 {
-        Probe::Works("API version 12; present, not probed further".into())
-    } else {
-        Probe::Fails(format!("it answers API version {version}, not 12"))
+    match kvm::probe() {
+        worth @ KvmWorth::Hardware { .. } => Probe::Works(worth.to_string()),
+        worth => Probe::Fails(worth.to_string()),
     }
 }
 

@@ -76,6 +76,11 @@ impl SharedMap {
         Ok(SharedMap { base, len, fd })
     }
 
+    /// Where it is mapped in this process, for the kernel (KVM's memory slots).
+    pub(crate) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }

@@ -8,6 +8,7 @@ use crate::cpuid_msr::CpuPolicy;
 use crate::devices::ns16550a::{SerialSink, WriterSink};
 use crate::em::attention::Attention;
 use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
+use crate::em::kvm::KvmEngine;
 use crate::em::lockstep::{Difference, Lockstep};
 use crate::em::placement::Placement;
 use crate::em::raw::{Isolation, RawEngine};
@@ -18,6 +19,7 @@ use crate::outcome::{Ending, RunOutcome};
 use crate::tm::{Clock, HeldTime, host_utc_ns};
 use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
+use host_driver_shim::kvm::{self, KvmWorth};
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
@@ -99,15 +101,6 @@ fn host_error(what: &str, e: &dyn std::fmt::Display) -> Ending {
 
 /// Runs a guest until it ends.
 pub fn run(config: RunConfig) -> RunOutcome {
-    match config.engine {
-        EngineChoice::Kvm => {
-            return RunOutcome::not_started(Ending::HostCannot(format!(
-                "the {} engine is not built yet; use --engine raw or interp",
-                config.engine.name()
-            )));
-        }
-        EngineChoice::Auto | EngineChoice::Raw | EngineChoice::Ring1 | EngineChoice::Interp => {}
-    }
     // With this handler a file that outgrows RLIMIT_FSIZE (guest RAM is one) is an error of the call, not our death.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let image = match read_image(&config) {
@@ -226,6 +219,20 @@ fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, En
     if config.engine == EngineChoice::Ring1 {
         list.push(Box::new(ring1_engine(ram, config).map_err(|e| host_error("the ring1 engine", &e))?));
     }
+    if config.engine == EngineChoice::Kvm || config.shuffle.is_some() {
+        match kvm_engine(ram, &CpuPolicy::host()) {
+            Ok(engine) => {
+                if config.shuffle.is_some() {
+                    // Where there is hardware for the one, there is for the other.
+                    let ring1 = ring1_engine(ram, config).map_err(|e| host_error("the ring1 engine", &e))?;
+                    list.push(Box::new(ring1));
+                }
+                list.push(Box::new(engine));
+            }
+            Err(e) if config.engine == EngineChoice::Kvm => return Err(host_error("kvm", &e)),
+            Err(e) => log::info!("without the engines on KVM: {e}"),
+        }
+    }
     let shuffle = config.shuffle.map(|s| {
         let seed = s.seed.unwrap_or_else(host_driver_shim::tsc::read);
         (Shuffle::new(u64::from(s.interval_ms) * 1_000_000, seed), s.interval_ms, seed)
@@ -237,6 +244,14 @@ fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, En
         eprintln!("subring: another engine of {kinds} every {ms} ms; again with --shuffle-seed {seed}");
     }
     Ok(engines)
+}
+
+/// The kvm engine, if the host's KVM is hardware.
+fn kvm_engine(ram: &GuestRam, policy: &CpuPolicy) -> Result<KvmEngine, String> {
+    match kvm::probe() {
+        KvmWorth::Hardware { .. } => KvmEngine::new(ram, &policy.rows()).map_err(|e| e.to_string()),
+        worth => Err(worth.to_string()),
+    }
 }
 
 fn raw_engine(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<RawEngine, String> {

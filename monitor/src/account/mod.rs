@@ -81,6 +81,10 @@ named_enum! {
         InPatch = "in-patch",
         /// The guest's segment limits or types made the host raise what the guest must see differently.
         SegmentLimit = "segment-limit",
+        /// An instruction the hypervisor's own emulator does not know.
+        Emulation = "emulation",
+        /// The guest CPU shut down.
+        Shutdown = "shutdown",
         /// Something else.
         Other = "other",
     }
@@ -95,6 +99,8 @@ named_enum! {
         FarExit = "far-exit",
         /// Left by a host fault, which arrives as a signal.
         Signal = "signal",
+        /// Left a virtual machine of the host's.
+        VmExit = "vm-exit",
         /// The interpreter executed it without leaving native code first.
         Interpreter = "interpreter",
     }

@@ -13,7 +13,8 @@
 use super::raw::{After, ExitRecord, KickTarget, RawEngine, RawError, RawRefusal};
 use crate::cpum::CpuState;
 use crate::machine::Machine;
-use host_driver_shim::world::WorldError;
+use host_driver_shim::kvm::{KvmError, KvmExit};
+use host_driver_shim::world::{WorldError, WorldExit};
 use iced_x86::Instruction;
 use std::sync::Arc;
 
@@ -68,6 +69,42 @@ impl From<RawError> for EngineError {
     }
 }
 
+impl From<KvmError> for EngineError {
+    fn from(e: KvmError) -> EngineError {
+        EngineError::Host(format!("kvm: {e}"))
+    }
+}
+
+/// What the host said at an exit, for traces.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum HostExit {
+    /// A world.
+    World(WorldExit),
+    /// KVM.
+    Kvm(KvmExit),
+}
+
+impl From<WorldExit> for HostExit {
+    fn from(exit: WorldExit) -> HostExit {
+        HostExit::World(exit)
+    }
+}
+
+impl From<KvmExit> for HostExit {
+    fn from(exit: KvmExit) -> HostExit {
+        HostExit::Kvm(exit)
+    }
+}
+
+impl std::fmt::Debug for HostExit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            HostExit::World(exit) => exit.fmt(f),
+            HostExit::Kvm(exit) => exit.fmt(f),
+        }
+    }
+}
+
 /// An engine that runs guest code natively.
 pub trait Engine {
     /// Which one it is.
@@ -102,6 +139,18 @@ pub trait Engine {
     fn will_interpret(&mut self, _cpu: &CpuState, _instruction: &Instruction) {}
     /// It was, in ring 0 and without a fault.
     fn has_interpreted(&mut self, _cpu: &CpuState, _m: &mut Machine, _instruction: &Instruction) {}
+    /// It delivers external interrupts by itself when it runs: EM leaves them to it.
+    fn injects(&self) -> bool {
+        false
+    }
+    /// The vector of the external interrupt the last run began with.
+    fn take_injected(&mut self) -> Option<u8> {
+        None
+    }
+    /// What it has counted, for reports.
+    fn gauges(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
     /// The engine with scans and patches, for reports.
     fn as_raw(&self) -> Option<&RawEngine> {
         None
@@ -228,6 +277,20 @@ impl Engines {
         Next::Interp(Some(reason))
     }
 
+    /// The engine that executes next delivers external interrupts by itself.
+    #[must_use]
+    pub fn injects(&self, cpu: &CpuState) -> bool {
+        match self.choose(cpu) {
+            Next::Native(number) | Next::Instead(number, _) => self.list[number].injects(),
+            Next::Interp(_) => false,
+        }
+    }
+
+    /// What the engines have counted, for reports.
+    pub fn gauges(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.list.iter().flat_map(|engine| engine.gauges())
+    }
+
     /// The engine with this number, which is to run next.
     pub fn enter(
         &mut self,
@@ -290,7 +353,6 @@ mod tests {
     use crate::account::{Cause, Route};
     use crate::env::Env;
     use crate::machine::tests::machine;
-    use host_driver_shim::world::WorldExit;
     use std::cell::RefCell;
     use std::rc::Rc;
 
@@ -326,7 +388,13 @@ mod tests {
             Arc::default()
         }
         fn last_exit(&self) -> ExitRecord {
-            ExitRecord { cause: Cause::Other, route: Route::Signal, eip: 0, cpl: 0, raw: WorldExit::Kick }
+            ExitRecord {
+                cause: Cause::Other,
+                route: Route::Signal,
+                eip: 0,
+                cpl: 0,
+                raw: WorldExit::Kick.into(),
+            }
         }
         fn last_run(&self) -> (u64, u64) {
             (0, 0)

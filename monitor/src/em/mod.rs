@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod dump;
 pub mod engine;
+pub mod kvm;
 pub mod lockstep;
 pub mod placement;
 pub mod raw;
@@ -229,7 +230,9 @@ impl Em {
                 self.attention.wait(None);
                 continue;
             }
-            if self.cpu.interruptible() && self.m.devices.interrupt_pending() {
+            let interrupt = self.cpu.interruptible() && self.m.devices.interrupt_pending();
+            let injected = interrupt && self.burst.is_none() && self.engines.injects(&self.cpu);
+            if interrupt && !injected {
                 let vector = self.m.devices.acknowledge();
                 self.m.devices_touched = true;
                 let event = Event::External { vector };
@@ -237,7 +240,7 @@ impl Em {
                 self.deliver(event);
                 continue;
             }
-            if self.cpu.halted {
+            if self.cpu.halted && !injected {
                 self.sleep();
                 continue;
             }
@@ -338,16 +341,16 @@ impl Em {
     fn deliver(&mut self, event: Event) {
         self.note_delivery(event);
         if let Err(triple) = trpm::deliver(&mut self.cpu, &mut self.m, event) {
-            let deliberate = self.cpu.idtr.limit < 8;
-            self.stop = Some(if deliberate {
-                Stop::Restart("triple fault")
-            } else {
-                Stop::Fatal(format!(
-                    "triple fault: {:?} could not be delivered (last {:?})",
-                    triple.first, triple.last
-                ))
+            self.triple_fault(&|| {
+                format!("triple fault: {:?} could not be delivered (last {:?})", triple.first, triple.last)
             });
         }
+    }
+
+    /// The CPU shut down: a kernel that has taken its IDT away wants a restart.
+    fn triple_fault(&mut self, what: &dyn Fn() -> String) {
+        let deliberate = self.cpu.idtr.limit < 8;
+        self.stop = Some(if deliberate { Stop::Restart("triple fault") } else { Stop::Fatal(what()) });
     }
 
     /// Delivers what the instruction at `start` raised.
@@ -593,12 +596,15 @@ impl Em {
         let waits = self.cpu.eflags & eflags::IF == 0 && self.m.devices.interrupt_pending();
         let ran = self.engines.enter(number, &mut self.cpu, &mut self.m).and_then(|engine| {
             let after = engine.run(&mut self.cpu, &mut self.m, waits)?;
-            Ok((after, engine.last_run(), engine.last_exit()))
+            Ok((after, engine.last_run(), engine.last_exit(), engine.take_injected()))
         });
-        let (after, (entered, left), record) = match ran {
+        let (after, (entered, left), record, injected) = match ran {
             Ok(ran) => ran,
             Err(e) => return self.fail(e),
         };
+        if let Some(vector) = injected {
+            self.note_delivery(Event::External { vector });
+        }
         self.close_record(entered);
         self.compare(left.wrapping_sub(entered), None);
         self.exits += 1;
@@ -624,6 +630,8 @@ impl Em {
             After::Continue => {}
             After::Kicked => self.m.devices_touched = true,
             After::Deliver(event) => self.deliver(event),
+            After::TripleFault { state_lost: true } => self.stop = Some(Stop::Restart("triple fault")),
+            After::TripleFault { state_lost: false } => self.triple_fault(&|| "triple fault".into()),
             After::Interpret => {
                 let instruction = self.decode();
                 if self.trace.contains(Trace::EXITS) {
@@ -687,6 +695,9 @@ impl Em {
         self.account.set_gauge("exits", self.exits);
         self.account.set_gauge("exits_saved_by_interpreting_on", self.burst_hits);
         self.account.set_gauge("interpreted_instructions", self.interpreted);
+        for (name, n) in self.engines.gauges() {
+            self.account.set_gauge(name, n);
+        }
         for ((kind, reason), n) in &self.refusals {
             let who = match kind {
                 EngineKind::Interp => "interpreted".into(),

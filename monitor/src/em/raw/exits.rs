@@ -169,8 +169,13 @@ impl RawEngine {
             (Origin::Gate(_), _) => {
                 let (eip, flags) = (cpu.eip, regs.eflags);
                 self.user_flags(cpu, flags);
-                self.last =
-                    ExitRecord { cause: Cause::Sensitive, route: Route::FarExit, eip, cpl: 3, raw: exit };
+                self.last = ExitRecord {
+                    cause: Cause::Sensitive,
+                    route: Route::FarExit,
+                    eip,
+                    cpl: 3,
+                    raw: exit.into(),
+                };
                 Ok(self
                     .user_selectors(cpu, m, &regs, expected)
                     .map_or_else(|trap| After::Deliver(Event::Exception(trap)), |_| After::Interpret))
@@ -232,7 +237,7 @@ impl RawEngine {
         }
         let eip = cpu.eip;
         let mut record = |cause, route| {
-            self.last = ExitRecord { cause, route, eip, cpl: cpu.cpl, raw: exit };
+            self.last = ExitRecord { cause, route, eip, cpl: cpu.cpl, raw: exit.into() };
         };
         match exit {
             WorldExit::Gate { .. } => {
@@ -340,8 +345,13 @@ impl RawEngine {
         let (cs, eip) = (regs.sel[seg::CS], cpu.eip);
         if cs != expected[seg::CS] {
             // A far transfer to a selector behind which the host has a code segment; what has the guest there?
-            self.last =
-                ExitRecord { cause: Cause::Segment, route: Route::Signal, eip, cpl: cpu.cpl, raw: exit };
+            self.last = ExitRecord {
+                cause: Cause::Segment,
+                route: Route::Signal,
+                eip,
+                cpl: cpu.cpl,
+                raw: exit.into(),
+            };
             return Ok(match selm::far_jump(cpu, m, cs, eip, 4) {
                 Ok(()) if exit == WorldExit::Kick => After::Kicked,
                 Ok(()) => After::Continue,
@@ -351,14 +361,19 @@ impl RawEngine {
         let reloaded = match self.user_selectors(cpu, m, regs, expected) {
             Ok(reloaded) => reloaded,
             Err(trap) => {
-                self.last =
-                    ExitRecord { cause: Cause::Segment, route: Route::Signal, eip, cpl: cpu.cpl, raw: exit };
+                self.last = ExitRecord {
+                    cause: Cause::Segment,
+                    route: Route::Signal,
+                    eip,
+                    cpl: cpu.cpl,
+                    raw: exit.into(),
+                };
                 return Ok(After::Deliver(Event::Exception(trap)));
             }
         };
         let eip = cpu.eip;
         let mut record = |cause| {
-            self.last = ExitRecord { cause, route: Route::Signal, eip, cpl: 3, raw: exit };
+            self.last = ExitRecord { cause, route: Route::Signal, eip, cpl: 3, raw: exit.into() };
         };
         if reloaded && matches!(exit, WorldExit::Fault { .. }) {
             // The fault may be due to the host's idea of the segment: try again with the guest's.
@@ -453,7 +468,7 @@ impl RawEngine {
         let kernel_world = matches!(place, Place::Kernel(_));
         let (eip, cpl) = (cpu.eip, cpu.cpl);
         let after = |this: &mut Self, cause, after| {
-            this.last = ExitRecord { cause, route: Route::Signal, eip, cpl, raw: exit };
+            this.last = ExitRecord { cause, route: Route::Signal, eip, cpl, raw: exit.into() };
             Ok(after)
         };
         let refused = |this: &mut Self, code, lin: GuestLin| {

@@ -21,7 +21,7 @@ pub mod space;
 pub mod trampolines;
 pub mod user_code;
 
-use super::engine::{Engine, EngineError, EngineKind};
+use super::engine::{Engine, EngineError, EngineKind, HostExit};
 use super::loaded_segment;
 use crate::account::{Cause, Route};
 use crate::cpum::{CpuState, SegAttr, Segment, Shadow as Held, cr0, cr4, eflags, seg};
@@ -132,6 +132,11 @@ pub enum After {
     Deliver(Event),
     /// Somebody wants the EMT's attention.
     Kicked,
+    /// The CPU shut down: an exception came while a double fault was being delivered.
+    TripleFault {
+        /// The host has reset the CPU: what it was doing is not known any more.
+        state_lost: bool,
+    },
 }
 
 /// One exit, for the accounting and the trace.
@@ -145,8 +150,8 @@ pub struct ExitRecord {
     pub eip: u32,
     /// CPL.
     pub cpl: u8,
-    /// What the world said.
-    pub raw: WorldExit,
+    /// What the host said.
+    pub raw: HostExit,
 }
 
 /// What can end a run of the raw engine besides the guest.
@@ -183,7 +188,7 @@ impl KickTarget {
             k.kick();
         }
     }
-    fn set(&self, kicker: Option<Arc<dyn Kicker>>) {
+    pub(super) fn set(&self, kicker: Option<Arc<dyn Kicker>>) {
         let mut current = self.lock();
         if current.unanswered
             && let Some(k) = &kicker
@@ -193,7 +198,7 @@ impl KickTarget {
         current.kicker = kicker;
     }
     /// A kick made a world exit, and the EMT will look round.
-    fn answered(&self) {
+    pub(super) fn answered(&self) {
         self.lock().unanswered = false;
     }
     fn lock(&self) -> MutexGuard<'_, Current> {
@@ -352,7 +357,7 @@ impl RawEngine {
                 route: Route::Signal,
                 eip: 0,
                 cpl: 0,
-                raw: WorldExit::Kick,
+                raw: WorldExit::Kick.into(),
             },
             last_run: (0, 0),
             moves: 0,
