@@ -391,6 +391,9 @@ check_user:
 
 check_double_fault:
     movl %esp, scratch
+    # Under a hypervisor on QEMU's TCG no page of the task may be touched for the first time during the switch: a nested
+    # page fault there makes TCG name the first fault, not the double fault, as what was being delivered.
+    movl $0, DF_STACK - 4
     movl $(2f - .Lbegin + BASE), df_resume
     movl $0x80001000, %esp                # nothing is mapped there
     pushl %eax
