@@ -96,6 +96,8 @@ pub struct KvmVm {
     /// QEMU's TCG (until 9.1) ends itself when it finds a busy TSS in the task register of an SVM guest at an interrupt
     /// from ring 3: it takes the type with the busy bit for invalid.
     tss_never_busy: bool,
+    /// Where the TSS is that was set last.
+    task: u64,
     _ram: GuestRam,
 }
 
@@ -238,9 +240,10 @@ impl KvmVm {
         let mut dirty = (was.regs != new.regs, was.sregs != new.sregs, was.events != new.events);
         let mut new = *new;
         if self.tss_never_busy {
-            // KVM always reports it busy, and may have made it so.
+            // KVM always reports it busy. If it is another one, KVM may have made it so, in a task switch.
             new.sregs.tr.type_ &= !TSS_BUSY;
-            dirty.1 = true;
+            dirty.1 |= self.task != new.sregs.tr.base;
+            self.task = new.sregs.tr.base;
         }
         if self.sync {
             self.page.set_registers(&new, dirty);

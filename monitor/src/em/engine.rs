@@ -121,6 +121,11 @@ pub trait Engine {
         m: &mut Machine,
         interrupt_waits: bool,
     ) -> Result<After, EngineError>;
+    /// Completes an instruction the last run left half done: a port access that has been served and whose result has not
+    /// arrived. From here to the next run `cpu` counts; without this call nobody else may change or execute it.
+    fn settle(&mut self, _cpu: &mut CpuState, _m: &mut Machine) -> Result<(), EngineError> {
+        Ok(())
+    }
     /// Brings the guest's FPU state into CPUM, whose copy counts from here to the next run.
     fn fetch_fpu(&mut self, cpu: &mut CpuState);
     /// Takes what the interpreter noted in the machine (writes to code, flushes), before that is too much.
@@ -300,6 +305,7 @@ impl Engines {
     ) -> Result<&mut dyn Engine, EngineError> {
         if self.last != Some(number) {
             if self.last.is_some() {
+                self.settle(cpu, m)?;
                 self.fetch_fpu(cpu);
                 m.forget_translations();
                 self.list[number].others_ran(cpu, m)?;
@@ -337,6 +343,11 @@ impl Engines {
                 Ok(())
             }
         }
+    }
+
+    /// Sees to it that CPUM's state is the guest's at an instruction boundary.
+    pub fn settle(&mut self, cpu: &mut CpuState, m: &mut Machine) -> Result<(), EngineError> {
+        self.last().map_or(Ok(()), |engine| engine.settle(cpu, m))
     }
 
     /// Brings the guest's FPU state into CPUM.

@@ -339,6 +339,9 @@ impl Em {
 
     /// Delivers an event through the guest's IDT.
     fn deliver(&mut self, event: Event) {
+        if let Err(e) = self.engines.settle(&mut self.cpu, &mut self.m) {
+            return self.fail(e);
+        }
         self.note_delivery(event);
         if let Err(triple) = trpm::deliver(&mut self.cpu, &mut self.m, event) {
             self.triple_fault(&|| {
@@ -517,8 +520,9 @@ impl Em {
 
     /// Interprets until raw mode is possible again, or for a while.
     fn interpret_slice(&mut self, reason: Option<RawRefusal>) {
+        let settled = self.engines.settle(&mut self.cpu, &mut self.m);
         self.engines.fetch_fpu(&mut self.cpu);
-        if let Err(e) = self.engines.follow(&self.cpu, &mut self.m) {
+        if let Err(e) = settled.and_then(|()| self.engines.follow(&self.cpu, &mut self.m)) {
             self.fail(e);
             return;
         }

@@ -2,8 +2,8 @@
 //!
 //! 1. [`KvmEngine::run`] brings CPUM's state into the vCPU where it differs (`convert.rs`), an external interrupt with it,
 //!    runs, and takes the state back.
-//! 2. Port, MMIO and MSR accesses go to the machine as those of the interpreter do; the instruction is then completed
-//!    without running another one, so that EM always finds the CPU at an instruction boundary.
+//! 2. Port, MMIO and MSR accesses go to the machine as those of the interpreter do. KVM completes the instruction when it
+//!    runs next; before anybody else takes the CPU it is completed without running another one ([`Engine::settle`]).
 //! 3. What KVM's emulator does not know is interpreted; what it was about to deliver is delivered by TRPM.
 //!
 //! Real mode, V86 and 16-bit code run here like everything else. CPUID and MSRs answer by the same policy as on the other
@@ -35,6 +35,8 @@ pub struct KvmEngine {
     held: KvmState,
     /// The same as CPUM had it after the last run.
     seen: Option<CpuState>,
+    /// The guest's last instruction has been served and not yet completed: CPUM is at its beginning.
+    incomplete: bool,
     /// The vCPU has the guest's newest FPU state and debug registers.
     fpu_here: bool,
     /// The guest's TLB may hold what is not true any more.
@@ -64,6 +66,7 @@ impl KvmEngine {
             kick,
             held,
             seen: None,
+            incomplete: false,
             fpu_here: false,
             flush: true,
             tsc_offset: None,
@@ -129,6 +132,7 @@ impl KvmEngine {
     fn inject(&mut self, cpu: &mut CpuState, m: &mut Machine) -> Result<(), KvmError> {
         self.injected = None;
         if cpu.interruptible() && m.devices.interrupt_pending() {
+            self.complete(cpu, m)?;
             let vector = m.devices.acknowledge();
             m.devices_touched = true;
             cpu.halted = false;
@@ -142,40 +146,50 @@ impl KvmEngine {
         Ok(())
     }
 
-    /// Does what the guest's access asks for, and whatever further accesses its instruction makes.
-    fn serve(&mut self, exit: KvmExit, cpu: &mut CpuState, m: &mut Machine) -> Result<(), KvmError> {
-        let mut next = Some(exit);
-        while let Some(exit) = next {
-            match exit {
-                KvmExit::PortIn { port, size, count } => {
-                    let mut data = Vec::with_capacity(count as usize * usize::from(size));
-                    for _ in 0..count {
-                        let value = m.port_in(port, size).to_le_bytes();
-                        data.extend_from_slice(&value[..usize::from(size).min(4)]);
-                    }
-                    self.vm.answer_port(&data);
+    /// Does what the guest's access asks for.
+    fn serve(&mut self, exit: KvmExit, cpu: &mut CpuState, m: &mut Machine) {
+        match exit {
+            KvmExit::PortIn { port, size, count } => {
+                let mut data = Vec::with_capacity(count as usize * usize::from(size));
+                for _ in 0..count {
+                    let value = m.port_in(port, size).to_le_bytes();
+                    data.extend_from_slice(&value[..usize::from(size).min(4)]);
                 }
-                KvmExit::PortOut { port, size, .. } => {
-                    for value in self.vm.port_data().chunks(size.max(1).into()) {
-                        let value = value.iter().rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
-                        m.port_out(port, size, value);
-                    }
-                }
-                KvmExit::MmioRead { at, len } => {
-                    let mut data = [0u8; 8];
-                    m.read_ram(GuestPhys(at), &mut data[..len.into()]);
-                    self.vm.answer_mmio(&data);
-                }
-                KvmExit::MmioWrite { at, data, len } => m.write_ram(GuestPhys(at), &data[..len.into()]),
-                KvmExit::ReadMsr { msr } => self.vm.answer_msr(m.rdmsr(cpu, msr).ok()),
-                KvmExit::WriteMsr { msr, value } => {
-                    let done = m.wrmsr(cpu, msr, value);
-                    self.vm.answer_msr(done.ok().map(|()| value));
-                }
-                _ => return Ok(()),
+                self.vm.answer_port(&data);
             }
+            KvmExit::PortOut { port, size, .. } => {
+                for value in self.vm.port_data().chunks(size.max(1).into()) {
+                    let value = value.iter().rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
+                    m.port_out(port, size, value);
+                }
+            }
+            KvmExit::MmioRead { at, len } => {
+                let mut data = [0u8; 8];
+                m.read_ram(GuestPhys(at), &mut data[..len.into()]);
+                self.vm.answer_mmio(&data);
+            }
+            KvmExit::MmioWrite { at, data, len } => m.write_ram(GuestPhys(at), &data[..len.into()]),
+            KvmExit::ReadMsr { msr } => self.vm.answer_msr(m.rdmsr(cpu, msr).ok()),
+            KvmExit::WriteMsr { msr, value } => {
+                let done = m.wrmsr(cpu, msr, value);
+                self.vm.answer_msr(done.ok().map(|()| value));
+            }
+            _ => return,
+        }
+        self.incomplete = true;
+    }
+
+    /// Completes the instruction served last, with whatever further accesses it makes, without running another one.
+    fn complete(&mut self, cpu: &mut CpuState, m: &mut Machine) -> Result<(), KvmError> {
+        if !self.incomplete {
+            return Ok(());
+        }
+        while self.incomplete {
+            self.incomplete = false;
             self.completions += 1;
-            next = self.vm.complete()?;
+            if let Some(exit) = self.vm.complete()? {
+                self.serve(exit, cpu, m);
+            }
         }
         self.pull(cpu, m)
     }
@@ -227,7 +241,11 @@ impl KvmEngine {
             }
         };
         self.last = ExitRecord { cause, route: Route::VmExit, eip, cpl, raw: exit.into() };
-        self.serve(exit, cpu, m)?;
+        self.serve(exit, cpu, m);
+        if matches!(exit, KvmExit::ReadMsr { .. } | KvmExit::WriteMsr { .. }) {
+            // It may raise #GP, and what was written is the vCPU's state, too.
+            self.complete(cpu, m)?;
+        }
         match (after, self.on_the_way()) {
             (After::TripleFault { .. }, _) => Ok(after),
             (_, Some(event)) => {
@@ -257,14 +275,22 @@ impl Engine for KvmEngine {
     fn run(&mut self, cpu: &mut CpuState, m: &mut Machine, _: bool) -> Result<After, EngineError> {
         // Writes to code are none of this engine's business; the hardware follows them by itself.
         self.follow(cpu, m)?;
+        if self.flush || !self.fpu_here {
+            self.complete(cpu, m)?;
+        }
         self.inject(cpu, m)?;
         let entered = host_tsc();
+        self.incomplete = false;
         let exit = self.vm.run()?;
         self.last_run = (entered, host_tsc());
         self.pull(cpu, m)?;
         // The guest may have flushed its TLB where the interpreter did not see it.
         m.forget_translations();
         self.exited(exit, cpu, m)
+    }
+
+    fn settle(&mut self, cpu: &mut CpuState, m: &mut Machine) -> Result<(), EngineError> {
+        Ok(self.complete(cpu, m)?)
     }
 
     fn fetch_fpu(&mut self, cpu: &mut CpuState) {
