@@ -353,8 +353,12 @@ check_segments:
     movl $0x40000000, %eax
     cpuid
     cmpl $0x54474354, %ebx                # "TCGTCGTCGTCG"
+    je 2f
+    movl $0x40000200, %eax                # where subring names what it runs on itself
+    cpuid
+    cmpl $0x54474354, %ebx
     jne 1f
-    incl no_limits
+2:  incl no_limits
     movl $text_no_limits, %esi
     call say_skip
 1:

@@ -146,6 +146,7 @@ impl KvmVm {
             sync,
             msrs_leave,
             tss_never_busy: emulated_by_tcg(),
+            task: 0,
             _ram: ram.clone(),
         })
     }

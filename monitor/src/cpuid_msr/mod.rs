@@ -32,6 +32,12 @@ const HYPERVISOR: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// Our own name, where a second hypervisor interface would be: it has no leaves of its own.
 const OWN_NAME: u32 = 0x4000_0100;
+/// QEMU's TCG, where subring itself runs on it: it checks neither limits nor types of segments, on any engine that uses
+/// the CPU, and a guest that tests a CPU has to know.
+const BELOW: u32 = 0x4000_0200;
+const TCG: &[u8; 12] = b"TCGTCGTCGTCG";
+/// CPUID 1 ECX: there is a hypervisor.
+const HYPERVISOR_PRESENT: u32 = 1 << 31;
 /// CPUID 8000_0007h EDX: the time-stamp counter runs at one rate, always.
 const INVARIANT_TSC: u32 = 1 << 8;
 /// The first and the last extended leaf shown.
@@ -118,6 +124,10 @@ impl CpuPolicy {
         put(HYPERVISOR, 0, signature(KVM_FEATURES, b"KVMKVMKVM\0\0\0"));
         put(KVM_FEATURES, 0, [0; 4]);
         put(OWN_NAME, 0, signature(OWN_NAME, b"subring\0\0\0\0\0"));
+        let below = signature(BELOW, TCG);
+        if one[2] & HYPERVISOR_PRESENT != 0 && cpuid(HYPERVISOR, 0)[1..] == below[1..] {
+            put(BELOW, 0, below);
+        }
 
         let host_last = cpuid(EXTENDED, 0)[0];
         let last = if host_last >= EXTENDED { host_last.min(LAST_EXTENDED) } else { 0 };

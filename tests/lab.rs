@@ -1,0 +1,98 @@
+//! Guests on engines that need hardware virtualisation: in the lab (`tests/lab/run`), a Debian machine on QEMU's TCG, which
+//! emulates SVM; directly where the host has hardware KVM.
+//!
+//! `SUBRING_LAB_DEBIAN=1` boots Debian's kernels there, too, which is slow under TCG.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use subring_tests::cache::{self, SkipReason};
+use subring_tests::harness::{one_guest_at_a_time, subring_binary};
+use subring_tests::or_skip;
+
+/// The exit code with which the lab says that it cannot be had here.
+const UNAVAILABLE: i32 = 77;
+
+fn lab(arguments: &[&str]) -> Result<Output, SkipReason> {
+    let _turn = one_guest_at_a_time();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/run");
+    let output = Command::new(script)
+        .args(["--timeout", "900"])
+        .args(arguments)
+        .env("SUBRING_BIN", subring_binary())
+        .stdin(Stdio::null())
+        .output()
+        .expect("the lab's script can be started");
+    if output.status.code() == Some(UNAVAILABLE) {
+        return Err(SkipReason(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Ok(output)
+}
+
+/// One run of the lab's machine for all that is short: starting it costs more than they do.
+fn short_runs() -> Result<String, SkipReason> {
+    static RUN: OnceLock<Result<String, SkipReason>> = OnceLock::new();
+    RUN.get_or_init(|| {
+        // The same switch as for real guests.
+        cache::busybox()?;
+        let job = "echo START doctor; subring doctor; echo END doctor $?; \
+                   echo START kvm; subring run --engine kvm; echo END kvm $?";
+        let output = lab(&["--command", job])?;
+        Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
+            + &String::from_utf8_lossy(&output.stderr))
+    })
+    .clone()
+}
+
+/// What one of them printed, and its exit code.
+fn part(name: &str) -> Result<(String, i32), SkipReason> {
+    let all = short_runs()?;
+    let begin = format!("START {name}\n");
+    let end = format!("END {name} ");
+    let text = all.split_once(&begin).map(|(_, text)| text).unwrap_or_else(|| panic!("no {name} in: {all}"));
+    let (text, rest) = text.split_once(&end).unwrap_or_else(|| panic!("{name} did not end: {all}"));
+    let code = rest.lines().next().and_then(|code| code.trim().parse().ok());
+    Ok((text.to_owned(), code.unwrap_or_else(|| panic!("no exit code of {name} in: {all}"))))
+}
+
+#[test]
+fn doctor_knows_hardware_when_it_sees_it() {
+    let (text, _) = or_skip!("lab", part("doctor"));
+    let line = text.lines().find(|line| line.contains("/dev/kvm")).unwrap_or_default();
+    assert!(line.contains("hardware, runs protected mode"), "{text}");
+}
+
+#[test]
+fn the_built_in_guest_passes_on_kvm() {
+    let (text, code) = or_skip!("lab", part("kvm"));
+    let failed: Vec<_> = text.lines().filter(|line| line.contains("FAIL")).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    assert!(text.contains("VERDICT: PASS"), "{text}");
+    assert_eq!(code, 0, "{text}");
+}
+
+fn debian_on_kvm(guest: &str) {
+    if std::env::var_os("SUBRING_LAB_DEBIAN").is_none_or(|v| v != "1") {
+        cache::skip(
+            "lab",
+            &SkipReason(format!("{guest} on kvm takes minutes under TCG (SUBRING_LAB_DEBIAN=1)")),
+        );
+        return;
+    }
+    let output = or_skip!("lab", lab(&["kvm", guest]));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.trim_end().ends_with("PASS"), "{text}");
+}
+
+#[test]
+fn debians_686_kernel_passes_its_self_test_on_kvm() {
+    or_skip!("lab", cache::kernel_686());
+    debian_on_kvm("debian-686");
+}
+
+#[test]
+fn debians_686_pae_kernel_passes_its_self_test_on_kvm() {
+    or_skip!("lab", cache::kernel_686_pae());
+    debian_on_kvm("debian-686-pae");
+}
