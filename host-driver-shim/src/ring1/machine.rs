@@ -156,6 +156,11 @@ impl Machine {
         }
     }
 
+    /// Where the region is, if the vCPU is in the monitor.
+    pub(super) fn region(&self) -> Option<u32> {
+        self.region
+    }
+
     /// The x87 and SSE state the vCPU has.
     pub(super) fn fpu(&self) -> Result<[u8; 512], WorldError> {
         Ok(fxsave_of(&self.vcpu.get_fpu().map_err(failed("reading the FPU state"))?))

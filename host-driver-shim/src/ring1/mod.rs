@@ -167,6 +167,21 @@ impl Ring1Engine {
         Ok(())
     }
 
+    /// Whether the monitor's code and tables are what they were made as: a guest that changed one would have broken out.
+    #[must_use]
+    pub fn is_intact(&self) -> bool {
+        let Engine { pool, shared, .. } = &*self.0;
+        let mut page = [0; 4096];
+        let holds = |at: u64, page: &mut [u8; 4096], bytes: &[u8]| {
+            pool.map().read(at, page).is_some() && page.starts_with(bytes)
+        };
+        let region = self.0.vcpu().machine.region();
+        holds(shared.code, &mut page, monitor::code())
+            && region.is_none_or(|at| holds(shared.tables, &mut page, &monitor::tables_page(at)))
+            && holds(shared.no_segments, &mut page, &[0; 4096])
+            && holds(shared.gate, &mut page, &[GATE_FILLER; 4096])
+    }
+
     /// How segments have to be in these worlds.
     #[must_use]
     pub fn segment_rules() -> SegmentRules {
