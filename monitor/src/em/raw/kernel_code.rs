@@ -601,6 +601,12 @@ impl KernelCode {
         })
     }
 
+    /// `eip` lies in a known instruction and is the start of none: what runs there was never scanned.
+    #[must_use]
+    pub fn is_unscanned_inside(&self, eip: GuestLin) -> bool {
+        !self.map.is_instruction_start(eip) && self.map.proven(eip)
+    }
+
     /// The original instruction bytes at `at` are proven code: executing it there is no surprise.
     #[must_use]
     pub fn is_proven_start(&self, at: GuestLin) -> bool {

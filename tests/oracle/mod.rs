@@ -1,0 +1,522 @@
+//! The oracle of the patcher: code run in raw mode, patched, against the same code interpreted.
+//!
+//! 1. [`interpret`] runs the original code and keeps every state between two instructions: the [`Trace`].
+//! 2. [`follow`] runs it in raw mode from the same start. Whenever raw mode leaves the world (a site, a fault, a kick in
+//!    the middle of a trampoline) the CPU must be in one of those states, in their order, and in the end so must memory.
+//!    While an interrupt waits, raw mode must stop at the first state in which it may be delivered.
+//! 3. With [`stepping`] worlds raw mode leaves at every instruction boundary the hardware knows, inside trampolines too,
+//!    without chance; memory is then compared at each of them.
+//! 4. [`follow`] may also branch to where the CPU stands, from code of the guest's: into any byte of a patch.
+//!
+//! Tests and fuzz targets differ in what they feed it: `patch_oracle.rs`, [`case`], [`rewrite`], [`defects`].
+
+pub mod case;
+pub mod defects;
+pub mod guest;
+pub mod rewrite;
+pub mod rig;
+pub mod stepping;
+
+use guest::{BRANCH, BRANCH_TARGET, COMPARED};
+use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use monitor::cpum::{CpuState, Segment, eflags, gpr, seg};
+use monitor::em::raw::{After, RawEngine};
+use monitor::interp::{self, Step};
+use monitor::machine::Machine;
+use monitor::trap::{Event, Trap};
+use monitor::trpm;
+use std::time::{Duration, Instant};
+
+use crate::ring0_code::Random;
+
+/// What is compared of a CPU.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct State {
+    eip: u32,
+    gpr: [u32; 8],
+    eflags: u32,
+    seg: [Segment; 6],
+    control: [u32; 4],
+}
+
+impl State {
+    fn of(cpu: &CpuState) -> State {
+        State {
+            gpr: cpu.gpr,
+            eip: cpu.eip,
+            eflags: cpu.eflags & !eflags::RF,
+            seg: cpu.seg,
+            control: [cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4],
+        }
+    }
+    /// What differs, as text.
+    fn against(&self, other: &State) -> String {
+        let mut text = String::new();
+        for i in 0..8 {
+            if self.gpr[i] != other.gpr[i] {
+                text += &format!(" gpr{i} {:08x}/{:08x}", self.gpr[i], other.gpr[i]);
+            }
+        }
+        if self.eip != other.eip {
+            text += &format!(" eip {:08x}/{:08x}", self.eip, other.eip);
+        }
+        if self.eflags != other.eflags {
+            text += &format!(" eflags {:08x}/{:08x}", self.eflags, other.eflags);
+        }
+        for i in 0..6 {
+            if self.seg[i] != other.seg[i] {
+                text += &format!(" seg{i} {:x?}/{:x?}", self.seg[i], other.seg[i]);
+            }
+        }
+        if self.control != other.control {
+            text += &format!(" cr {:x?}/{:x?}", self.control, other.control);
+        }
+        text
+    }
+}
+
+/// How a run ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// With this exception.
+    Trap(Trap),
+    /// With `hlt`.
+    Halt,
+    /// After as many instructions as a run may have.
+    Budget,
+}
+
+/// A state between two instructions.
+pub struct Passed {
+    /// The state.
+    pub state: State,
+    interruptible: bool,
+    /// One of the two instructions before it is an `sti`. When IF was set before, or when the instruction behind it is
+    /// displaced into its trampoline, raw mode may let the interrupt wait for one instruction more.
+    behind_sti: bool,
+    /// What memory held then, if that is kept.
+    memory: u64,
+    instruction: Instruction,
+}
+
+/// The interpreter's run.
+pub struct Trace {
+    /// Every state it passed.
+    pub passed: Vec<Passed>,
+    /// How it ended.
+    pub end: End,
+    last: State,
+}
+
+impl Trace {
+    /// The instructions around state `n`.
+    fn place(&self, n: usize) -> String {
+        let from = n.saturating_sub(6);
+        let to = self.passed.len().min(n + 7);
+        let line = |i: usize| {
+            let p = &self.passed[i];
+            format!("\n    {}{:08x} {}", if i == n { "> " } else { "  " }, p.state.eip, p.instruction)
+        };
+        (from..to).map(line).collect()
+    }
+    /// All instructions.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.passed.iter().map(|p| format!("{:08x} {}\n", p.state.eip, p.instruction)).collect()
+    }
+}
+
+/// Why the interpreter's run is no use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Useless {
+    /// The instruction at this EIP depends on more than the state.
+    Excluded(u32),
+    /// It left ring 0.
+    Ring,
+    /// It took too long.
+    Budget,
+}
+
+/// What a run compares and how long it may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Instructions.
+    pub budget: usize,
+    /// A run that is longer is compared as far as it went.
+    pub may_be_longer: bool,
+    /// Memory is compared at every boundary at which raw mode stops, and not only in the end.
+    pub memory: bool,
+}
+
+/// A digest of the memory that is compared. What lies right below ESP is anybody's: a push that was rolled back.
+fn digest(m: &Machine, cpu: &CpuState) -> u64 {
+    let mut bytes = vec![0u8; COMPARED.end - COMPARED.start];
+    m.ram.read(COMPARED.start as u64, &mut bytes).unwrap();
+    let top = (cpu.gpr[gpr::ESP] & 0x3f_ffff) as usize;
+    let (lo, hi) = (top.saturating_sub(32).max(COMPARED.start), top.min(COMPARED.end));
+    if lo < hi {
+        bytes[lo - COMPARED.start..hi - COMPARED.start].fill(0);
+    }
+    let mut sum = 0u64;
+    for c in bytes.chunks_exact(8) {
+        let v = u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
+        sum = (sum ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    }
+    sum
+}
+
+/// Instructions whose results depend on more than the state, or that would take the run elsewhere than to ring 0.
+fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let known = i.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::CMOV
+                | F::CX8
+                | F::MULTIBYTENOP
+        )
+    });
+    let logic = matches!(i.mnemonic(), M::And | M::Or | M::Xor | M::Test);
+    let undefined = i.rflags_undefined() & if logic { !RflagsBits::AF } else { u32::MAX };
+    let moves_control = i.mnemonic() == M::Mov && {
+        let value = |r: Register| cpu.gpr[r.number() & 7];
+        match i.op0_register() {
+            Register::CR0 => value(i.op1_register()) != cpu.cr0,
+            Register::CR3 => value(i.op1_register()) != cpu.cr3,
+            Register::CR4 => value(i.op1_register()) != cpu.cr4,
+            r => r.is_dr() || r.is_tr() || i.op1_register().is_dr(),
+        }
+    };
+    let port = match i.mnemonic() {
+        M::In | M::Out => {
+            let n = u32::from(i.mnemonic() == M::In);
+            let at = if i.op_kind(n) == OpKind::Immediate8 {
+                u32::from(i.immediate8())
+            } else {
+                cpu.gpr[gpr::EDX] & 0xffff
+            };
+            !(0xed..=0xef).contains(&at)
+        }
+        _ => false,
+    };
+    !known
+        || undefined != 0
+        || moves_control
+        || port
+        || matches!(
+            i.mnemonic(),
+            M::Lgdt
+                | M::Lidt
+                | M::Lldt
+                | M::Ltr
+                | M::Lmsw
+                | M::Rdtsc
+                | M::Rdpmc
+                | M::Rdmsr
+                | M::Wrmsr
+                | M::Insb
+                | M::Insw
+                | M::Insd
+                | M::Outsb
+                | M::Outsw
+                | M::Outsd
+                | M::Sysenter
+                | M::Sysexit
+                | M::Syscall
+                | M::Sysret
+                | M::Salc
+        )
+}
+
+/// One instruction with what EM does about it; the end, if it ended the run.
+fn step(cpu: &mut CpuState, m: &mut Machine) -> Option<End> {
+    let start = cpu.eip;
+    match interp::step(cpu, m) {
+        Step::Done => None,
+        Step::Halted => {
+            cpu.halted = false;
+            Some(End::Halt)
+        }
+        Step::Raise(Event::Exception(trap)) => Some(End::Trap(trap)),
+        Step::Raise(event) => match trpm::try_deliver(cpu, m, event) {
+            Ok(()) => None,
+            Err(trap) => {
+                cpu.eip = start;
+                Some(End::Trap(trap))
+            }
+        },
+    }
+}
+
+/// Runs in the interpreter.
+///
+/// # Errors
+/// When the run cannot be compared.
+pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<Trace, Useless> {
+    let mut passed = Vec::new();
+    let mut since_sti = 2;
+    loop {
+        if cpu.cpl != 0 || cpu.v86() {
+            return Err(Useless::Ring);
+        }
+        if passed.len() >= limits.budget {
+            if !limits.may_be_longer {
+                return Err(Useless::Budget);
+            }
+            return Ok(Trace { passed, end: End::Budget, last: State::of(&cpu) });
+        }
+        let behind_sti = since_sti < 2;
+        let instruction = interp::fetch_decode(&cpu, m).ok();
+        if let Some(i) = &instruction {
+            if excluded(&cpu, i) {
+                return Err(Useless::Excluded(cpu.eip));
+            }
+            since_sti = if i.mnemonic() == Mnemonic::Sti { 0 } else { since_sti + 1 };
+        }
+        passed.push(Passed {
+            state: State::of(&cpu),
+            interruptible: cpu.interruptible(),
+            behind_sti,
+            memory: if limits.memory { digest(m, &cpu) } else { 0 },
+            instruction: instruction.unwrap_or_default(),
+        });
+        if let Some(end) = step(&mut cpu, m) {
+            return Ok(Trace { passed, end, last: State::of(&cpu) });
+        }
+    }
+}
+
+/// The data segment register an instruction loads: what EM tells the engine's cache of.
+fn loaded_segment(i: &Instruction) -> Option<usize> {
+    let of = |r: Register| {
+        let all = [Register::ES, Register::CS, Register::SS, Register::DS, Register::FS, Register::GS];
+        all.iter().position(|s| *s == r).filter(|n| *n != seg::CS)
+    };
+    match i.mnemonic() {
+        Mnemonic::Mov | Mnemonic::Pop if i.op0_kind() == OpKind::Register => of(i.op0_register()),
+        Mnemonic::Les => Some(seg::ES),
+        Mnemonic::Lds => Some(seg::DS),
+        Mnemonic::Lss => Some(seg::SS),
+        Mnemonic::Lfs => Some(seg::FS),
+        Mnemonic::Lgs => Some(seg::GS),
+        _ => None,
+    }
+}
+
+/// How often what happened, so that a test of nothing is noticed.
+#[derive(Default, Debug, Clone)]
+#[allow(missing_docs)]
+pub struct Tally {
+    pub runs: u64,
+    pub discarded: u64,
+    pub instructions: u64,
+    pub exits: u64,
+    pub kicks: u64,
+    pub delivered: u64,
+    pub branches: u64,
+    /// Runs that differed because the guest branched into the middle of an instruction that was known and not to a
+    /// place that was: see `docs/oracle.md`.
+    pub two_streams: u64,
+    pub ends: std::collections::BTreeMap<String, u64>,
+}
+
+/// What happens by the way, and how often: once in so many chances.
+pub struct Choices<'a> {
+    /// Decides.
+    pub r: &'a mut Random,
+    /// An interrupt begins to wait.
+    pub wait: u64,
+    /// Some instructions behind an interpreted one are interpreted too.
+    pub burst: u64,
+    /// The guest branches to where it stands.
+    pub branch: u64,
+}
+
+/// Never, as a rarity.
+pub const NEVER: u64 = 1 << 40;
+
+/// Something to be done to the engine and its machine before and after each run: see [`defects`].
+pub trait Meddler {
+    /// Before the engine looks at what the machine has for it.
+    fn before(&mut self, _raw: &mut RawEngine, _m: &mut Machine) {}
+    /// After a run: the engine may have made patches.
+    fn after(&mut self, _raw: &mut RawEngine, _m: &mut Machine) {}
+}
+
+/// Nobody meddles.
+pub struct Honest;
+
+impl Meddler for Honest {}
+
+/// Runs in raw mode along the trace. `code` is the linear address of the first code page, for branches.
+///
+/// # Errors
+/// What differs, in words.
+pub fn follow(
+    raw: &mut RawEngine,
+    cpu: &mut CpuState,
+    m: &mut Machine,
+    trace: &Trace,
+    limits: Limits,
+    base: u32,
+    choices: &mut Choices,
+    meddler: &mut dyn Meddler,
+    tally: &mut Tally,
+) -> Result<(), String> {
+    let since = Instant::now();
+    let mut at = 0;
+    let mut waits: Option<usize> = None;
+    let mut burst = 0;
+    let mut branching: Option<u32> = None;
+    let mut branched = usize::MAX;
+    let mut how = "start".to_string();
+    let spring = base + BRANCH;
+    // A run that was cut off cannot be followed to its last instruction exactly.
+    let enough =
+        if trace.end == End::Budget { trace.passed.len() - trace.passed.len() / 4 } else { usize::MAX };
+    let mut exits = 0u32;
+    loop {
+        exits += 1;
+        if exits > 100_000 || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
+            return Err(format!("no end after {how} at {:08x}, trace {}", cpu.eip, trace.place(at)));
+        }
+        let mut now = State::of(cpu);
+        match branching {
+            Some(target) if cpu.eip == spring => now.eip = target,
+            _ => branching = None,
+        }
+        let repeats = interp::fetch_decode(cpu, m)
+            .is_ok_and(|i| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()));
+        if !repeats {
+            let Some(to) = (at..trace.passed.len()).find(|&n| trace.passed[n].state == now) else {
+                let nearest = (at..trace.passed.len()).find(|&n| trace.passed[n].state.eip == now.eip);
+                let near = nearest.unwrap_or(at);
+                return Err(format!(
+                    "after {how}: not a state the interpreter passed from {at} on; nearest {near} (raw/interp): {}{}",
+                    now.against(&trace.passed[near].state),
+                    trace.place(near)
+                ));
+            };
+            at = to;
+            if at >= enough {
+                return Ok(());
+            }
+            let unique = !trace.passed[at + 1..].iter().any(|p| p.state == now);
+            // Two stores in a trampoline; one that was rolled back has done the first.
+            let halves = matches!(trace.passed[at].instruction.mnemonic(), Mnemonic::Sgdt | Mnemonic::Sidt);
+            if limits.memory && unique && !halves && digest(m, cpu) != trace.passed[at].memory {
+                return Err(format!("after {how}: memory differs at {at}{}", trace.place(at)));
+            }
+            // Whatever interrupt there is would be delivered now.
+            if cpu.interruptible() && !trace.passed[at].interruptible && unique {
+                return Err(format!("after {how}: an interrupt would come too early{}", trace.place(at)));
+            }
+            if let Some(from) = waits
+                && cpu.interruptible()
+            {
+                if let Some(missed) =
+                    (from + 1..at).find(|&n| trace.passed[n].interruptible && !trace.passed[n].behind_sti)
+                {
+                    return Err(format!(
+                        "after {how}: an interrupt was missed at {missed}, came at {at}{}",
+                        trace.place(missed)
+                    ));
+                }
+                tally.delivered += 1;
+                waits = None;
+            } else if waits.is_none() && unique && !cpu.interruptible() && choices.r.one_in(choices.wait) {
+                waits = Some(at);
+            }
+            // Once a state: else the run would not get on.
+            let fresh = std::mem::replace(&mut branched, at) != at;
+            if fresh && branching.is_none() && burst == 0 && choices.r.one_in(choices.branch) {
+                let _in_ram = m.ram.write_u32(u64::from(BRANCH_TARGET), cpu.eip);
+                if RawEngine::refusal(cpu).is_none() {
+                    tally.branches += 1;
+                    branching = Some(cpu.eip);
+                    cpu.eip = spring;
+                }
+            }
+        }
+        let end = if burst > 0 || RawEngine::refusal(cpu).is_some() {
+            burst = i32::max(burst - 1, 0);
+            how = format!("interpreting {:08x}", cpu.eip);
+            step(cpu, m)
+        } else {
+            tally.exits += 1;
+            let masked = cpu.eflags & eflags::IF == 0;
+            meddler.before(raw, m);
+            let after =
+                raw.run(cpu, m, waits.is_some() && masked).map_err(|e| format!("after {how}: {e}"))?;
+            meddler.after(raw, m);
+            how = format!("{after:?} {:x?}", raw.last_exit());
+            match after {
+                After::Continue => None,
+                After::Kicked => {
+                    tally.kicks += 1;
+                    None
+                }
+                After::Deliver(Event::Exception(trap)) => Some(End::Trap(trap)),
+                After::Deliver(event) => return Err(format!("{how}: raised {event:?}")),
+                After::Interpret => {
+                    raw.fetch_fpu(cpu);
+                    let instruction = interp::fetch_decode(cpu, m).unwrap_or_default();
+                    let end = step(cpu, m);
+                    if end.is_none()
+                        && let Some(which) = loaded_segment(&instruction)
+                    {
+                        raw.cache_segment(cpu, m, which);
+                    }
+                    if choices.r.one_in(choices.burst) {
+                        burst = choices.r.below(6) as i32;
+                    }
+                    end
+                }
+            }
+        };
+        if let Some(end) = end {
+            let now = State::of(cpu);
+            let last = trace.passed.len() - 1;
+            // Which operand of CMPS faults is the CPU's choice, and CPUs differ.
+            let either = matches!(
+                interp::fetch_decode(cpu, m).map(|i| i.mnemonic()),
+                Ok(Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd)
+            );
+            let same = match (&end, &trace.end) {
+                (End::Trap(a), End::Trap(b)) if either => {
+                    (a.vector, a.error_code, a.cr2.is_some()) == (b.vector, b.error_code, b.cr2.is_some())
+                }
+                (a, b) => a == b,
+            };
+            if !same || now != trace.last {
+                return Err(format!(
+                    "after {how}: ended with {end:x?}, interpreter {:x?} (raw/interp): {}{}",
+                    trace.end,
+                    now.against(&trace.last),
+                    trace.place(last)
+                ));
+            }
+            return Ok(());
+        }
+    }
+}
+
+/// The first byte of what is compared that differs between two machines, if their runs ended.
+///
+/// # Errors
+/// Where, in words.
+pub fn compare_memory(native: &Machine, interpreter: &Machine) -> Result<(), String> {
+    let (mut a, mut b) = (vec![0u8; COMPARED.end], vec![0u8; COMPARED.end]);
+    interpreter.ram.read(0, &mut a).unwrap();
+    native.ram.read(0, &mut b).unwrap();
+    match COMPARED.clone().find(|&n| a[n] != b[n]) {
+        Some(n) => Err(format!("memory at {n:#x}: {:02x}/{:02x}", b[n], a[n])),
+        None => Ok(()),
+    }
+}
