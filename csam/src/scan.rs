@@ -144,6 +144,9 @@ pub struct ScanReport {
     pub unreadable: Vec<GuestLin>,
     /// Addresses not looked at because the budget was used up.
     pub unfinished: Vec<GuestLin>,
+    /// Addresses outside the range that a path goes on at, in the middle of an instruction known there: scanned from them,
+    /// the same bytes are code in two ways.
+    pub inside: Vec<GuestLin>,
 }
 
 impl CodeMap {
@@ -206,7 +209,7 @@ impl Scan<'_> {
         let mut window_at = GuestLin(0);
         let mut window_len = 0;
         while let Some(at) = self.work.pop() {
-            if self.map.is_instruction_start(at) || !self.options.allows(at) {
+            if self.map.is_instruction_start(at) || self.leaves(at) {
                 continue;
             }
             if self.report.instructions.len() >= self.options.budget {
@@ -228,6 +231,17 @@ impl Scan<'_> {
         self.report.unfinished.dedup();
     }
 
+    /// Is this address, no known start of an instruction, out of range?
+    fn leaves(&mut self, at: GuestLin) -> bool {
+        if self.options.allows(at) {
+            return false;
+        }
+        if self.map.proven(at) {
+            self.report.inside.push(at);
+        }
+        true
+    }
+
     /// Follows one path from `start` as far as the window's bytes go.
     fn run_window(
         &mut self,
@@ -247,7 +261,7 @@ impl Scan<'_> {
         }
         decoder.set_ip(u64::from(at.0.wrapping_sub(cs_base)));
         loop {
-            if self.map.is_instruction_start(at) || !self.options.allows(at) {
+            if self.map.is_instruction_start(at) || self.leaves(at) {
                 return Ran::PathEnded;
             }
             if self.report.instructions.len() >= self.options.budget {

@@ -383,7 +383,7 @@ pub fn follow(
     let mut exits = 0u32;
     loop {
         exits += 1;
-        if exits > 100_000 || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
+        if exits > 30_000 || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
             return Err(format!("no end after {how} at {:08x}, trace {}", cpu.eip, trace.place(at)));
         }
         let mut now = State::of(cpu);

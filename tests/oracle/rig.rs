@@ -26,7 +26,8 @@ pub struct Rig {
     pub native: Machine,
     /// Where worlds come from.
     pub worlds: Stable,
-    code: CodeMemory,
+    /// Where code views and trampolines are.
+    pub code: CodeMemory,
 }
 
 impl Rig {

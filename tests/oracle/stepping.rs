@@ -73,7 +73,6 @@ impl Worlds for Stable {
         let used = self.idle.borrow_mut().pop();
         let world = match used {
             Some(mut world) => {
-                world.unmap(WorldLin(0), 0)?;
                 world.set_fill_rules(&FillRules::default());
                 world.set_delivery_rules(&DeliveryRules::default());
                 world.set_quick(&[Quick::default(); QUICK_SITES]);
@@ -127,7 +126,7 @@ impl Stepping {
 impl Drop for Stepping {
     fn drop(&mut self) {
         if let Some(mut world) = self.world.take()
-            && world.flush().is_ok()
+            && world.unmap(WorldLin(0), 0).and_then(|()| world.flush()).is_ok()
         {
             self.stable.idle.borrow_mut().push(world);
         }

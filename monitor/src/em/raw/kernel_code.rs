@@ -25,6 +25,9 @@ const WRITES_BEFORE_DROP: u32 = 64;
 /// Hits of a trap byte before its site is looked at again, and at each power of two from there: a power of two.
 const TRAPS_BEFORE_IMPROVING: u32 = 16;
 
+/// Places where two streams of instructions meet that one scan follows.
+const MEETINGS: usize = 64;
+
 struct CodePage {
     pfn: u32,
     offset: u64,
@@ -433,7 +436,37 @@ impl KernelCode {
             cs_base: 0,
             entry_is_target: true,
         };
-        self.scan_with(m, code, cpu, &[eip], &options)
+        let report = self.scan_with(m, code, cpu, &[eip], &options);
+        let found = report.instructions.len();
+        let mut meeting = self.meeting(&report);
+        // Each round finds instructions that were not known, in pages that are; bounded because the guest wrote them.
+        for _ in 0..MEETINGS {
+            let Some(at) = meeting.pop_first() else { break };
+            let page = at.page_base();
+            let range = Some(page..GuestLin(page.0.saturating_add(0x1000)));
+            let report = self.scan_with(m, code, cpu, &[at], &ScanOptions { range, ..options.clone() });
+            meeting.extend(self.meeting(&report));
+        }
+        found
+    }
+
+    /// Where a path of one page goes on in the middle of an instruction of another, in whichever order the two were
+    /// scanned. Found from there the other instruction is not patched as if nobody came that way.
+    fn meeting(&self, report: &ScanReport) -> BTreeSet<GuestLin> {
+        let mut all: BTreeSet<GuestLin> = report.inside.iter().copied().collect();
+        for &(at, len) in &report.instructions {
+            let end = at.wrapping_add(u32::from(len));
+            let inner = (1..u32::from(len)).map(|i| at.wrapping_add(i));
+            all.extend(inner.filter(|b| self.map.is_target(*b)));
+            let page = at.page_base();
+            if at.page_offset() < 15 && page.0 > 0 {
+                let before = self.map.overlapping(GuestLin(page.0 - 1), page);
+                let ends = before.iter().map(|(a, l)| a.wrapping_add(u32::from(*l)));
+                all.extend(ends.filter(|e| at < *e && *e < end));
+            }
+        }
+        all.retain(|at| !self.map.is_instruction_start(*at));
+        all
     }
 
     fn scan_with(
@@ -443,7 +476,7 @@ impl KernelCode {
         cpu: &CpuState,
         entries: &[GuestLin],
         options: &ScanOptions,
-    ) -> usize {
+    ) -> ScanReport {
         let report = {
             let m = &*m;
             let mut source = |at: GuestLin, buf: &mut [u8]| -> usize {
@@ -458,7 +491,7 @@ impl KernelCode {
             self.map.scan_all(entries, &mut source, options)
         };
         self.take_in(m, code, cpu, &report);
-        report.instructions.len()
+        report
     }
 
     /// Copies what a scan found and patches it.
