@@ -320,9 +320,10 @@ fn fetch_selector(e: &mut Emitter, insn: &Insn, kept: Kept, cx: &Context) -> Opt
 pub(crate) fn fetch_far_pointer(e: &mut Emitter, insn: &Insn) -> Option<()> {
     let through = override_of(insn);
     memory_op(e, insn, &[], &[0x8d], EAX)?; // lea eax, m
+    // The offset first, which tells of a missing page as the interpreter does.
+    e.op(&[through, 0x8b, 0x08]); // mov ecx, [eax]
+    e.store(page::SCRATCH_FAR, ECX);
     e.op(&[through, 0x0f, 0xb7, 0x48, 0x04]); // movzx ecx, word [eax + 4]
-    e.op(&[through, 0x8b, 0x00]); // mov eax, [eax]
-    e.store(page::SCRATCH_FAR, EAX);
     Some(())
 }
 

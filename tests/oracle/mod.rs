@@ -165,6 +165,9 @@ fn digest(m: &Machine, cpu: &CpuState) -> u64 {
     sum
 }
 
+/// Iterations of a string instruction that are still few.
+const REPEATS: u32 = 64;
+
 /// Instructions whose results depend on more than the state, or that would take the run elsewhere than to ring 0.
 fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
     use CpuidFeature as F;
@@ -205,8 +208,13 @@ fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
         }
         _ => false,
     };
+    // Each iteration is a boundary.
+    let repeats = i.is_string_instruction()
+        && (i.has_rep_prefix() || i.has_repne_prefix())
+        && cpu.gpr[gpr::ECX] > REPEATS;
     !known
         || undefined != 0
+        || repeats
         || moves_control
         || port
         || matches!(
@@ -383,7 +391,7 @@ pub fn follow(
     let mut exits = 0u32;
     loop {
         exits += 1;
-        if exits > 30_000 || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
+        if exits as usize > 2000 + 64 * trace.passed.len() || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
             return Err(format!("no end after {how} at {:08x}, trace {}", cpu.eip, trace.place(at)));
         }
         let mut now = State::of(cpu);
