@@ -11,6 +11,7 @@
 
 use iced_x86::{Decoder, DecoderOptions};
 use monitor::cpum::{CpuState, eflags, gpr};
+use monitor::em::engine::Engine;
 use monitor::em::placement::Placement;
 use monitor::em::raw::KickTarget;
 use proptest::prelude::*;

@@ -20,6 +20,7 @@ pub mod stepping;
 use guest::{BRANCH, BRANCH_TARGET, COMPARED};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use monitor::cpum::{CpuState, Segment, eflags, gpr, seg};
+use monitor::em::engine::Engine;
 use monitor::em::raw::{After, RawEngine};
 use monitor::interp::{self, Step};
 use monitor::machine::Machine;
@@ -391,7 +392,9 @@ pub fn follow(
     let mut exits = 0u32;
     loop {
         exits += 1;
-        if exits as usize > 2000 + 64 * trace.passed.len() || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60) {
+        if exits as usize > 2000 + 64 * trace.passed.len()
+            || exits.is_multiple_of(256) && since.elapsed() > Duration::from_secs(60)
+        {
             return Err(format!("no end after {how} at {:08x}, trace {}", cpu.eip, trace.place(at)));
         }
         let mut now = State::of(cpu);

@@ -9,8 +9,8 @@ use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw::{self, RawWorld};
 use host_driver_shim::world::{
-    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick,
-    World, WorldError, WorldExit, WorldLin,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, PORT_ROWS, PortRow,
+    PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
 };
 use monitor::em::raw::Worlds;
 use std::cell::{Cell, RefCell};
@@ -76,6 +76,8 @@ impl Worlds for Stable {
                 world.set_fill_rules(&FillRules::default());
                 world.set_delivery_rules(&DeliveryRules::default());
                 world.set_quick(&[Quick::default(); QUICK_SITES]);
+                world.set_ports(&[PortRow::default(); PORT_ROWS]);
+                world.take_posted(&mut |_| ());
                 world.take_fills(&mut |_| ());
                 for offset in (0..0x1000).step_by(4) {
                     world.vcpu_write(offset, 0);
@@ -235,8 +237,17 @@ impl World for Stepping {
     fn set_quick(&mut self, table: &[Quick; QUICK_SITES]) {
         self.inner().set_quick(table);
     }
-    fn quick_done(&self) -> u32 {
-        self.world.as_ref().map_or(0, World::quick_done)
+    fn flushes_done(&self) -> u32 {
+        self.world.as_ref().map_or(0, World::flushes_done)
+    }
+    fn set_ports(&mut self, rows: &[PortRow; PORT_ROWS]) {
+        self.inner().set_ports(rows);
+    }
+    fn ports_done(&self) -> u32 {
+        self.world.as_ref().map_or(0, World::ports_done)
+    }
+    fn take_posted(&mut self, each: &mut dyn FnMut(PortWrite)) {
+        self.inner().take_posted(each);
     }
     fn mark_large(&mut self, lin: u32) {
         self.inner().mark_large(lin);
