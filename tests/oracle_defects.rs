@@ -5,11 +5,25 @@ use subring_tests::oracle::case::{self, Case};
 use subring_tests::oracle::defects::{Defect, Saboteur};
 use subring_tests::oracle::rewrite::{self, Rewrite};
 use subring_tests::oracle::rig::Rig;
-use subring_tests::oracle::{Honest, Tally};
+use subring_tests::oracle::{Honest, Meddler, Tally};
 use subring_tests::ring0_code::Random;
 
 /// Cases a defect may survive.
 const CASES: u64 = 60;
+
+enum Input {
+    Case(Case),
+    Rewrite(Rewrite),
+}
+
+impl Input {
+    fn run(&self, rig: &mut Rig, meddler: &mut dyn Meddler, tally: &mut Tally) -> Result<(), String> {
+        match self {
+            Input::Case(case) => case::run(rig, case, meddler, tally),
+            Input::Rewrite(rewrite) => rewrite::run(rig, rewrite, meddler, tally),
+        }
+    }
+}
 
 #[test]
 fn every_deliberate_defect_is_caught() {
@@ -29,26 +43,20 @@ fn every_deliberate_defect_is_caught() {
             let mut saboteur = Saboteur::new(defect, &rig.code);
             *rig.worlds.control.tamper.borrow_mut() = Some(saboteur.between());
             let r = &mut Random(seed);
-            let (result, again): (_, Box<dyn Fn(&mut Rig) -> Result<(), String>>) = if defect
-                .needs_rewriting()
-            {
-                let rewrite = Rewrite::generate(r, false);
-                let result = rewrite::run(&mut rig, &rewrite, &mut saboteur, &mut tally);
-                let again =
-                    move |rig: &mut Rig| rewrite::run(rig, &rewrite, &mut Honest, &mut Tally::default());
-                (result, Box::new(again))
+            let input = if defect.needs_rewriting() {
+                Input::Rewrite(Rewrite::generate(r, false))
             } else {
-                let mut case = Case::generate(r, false);
                 // Stopped at every few boundaries: a defect may well make an endless loop.
+                let mut case = Case::generate(r, false);
                 case.flags |= 0x30;
-                let result = case::run(&mut rig, &case, &mut saboteur, &mut tally);
-                let again = move |rig: &mut Rig| case::run(rig, &case, &mut Honest, &mut Tally::default());
-                (result, Box::new(again))
+                Input::Case(case)
             };
+            let result = input.run(&mut rig, &mut saboteur, &mut tally);
             changed += saboteur.changed;
             *rig.worlds.control.tamper.borrow_mut() = None;
             if let Err(why) = result {
-                again(&mut rig).expect("without the defect nothing differs");
+                let again = input.run(&mut rig, &mut Honest, &mut Tally::default());
+                again.expect("without the defect nothing differs");
                 caught = Some((seed, why.lines().next().unwrap_or_default().to_string()));
                 break;
             }

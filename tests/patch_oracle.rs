@@ -21,7 +21,9 @@ use std::time::{Duration, Instant};
 use subring_tests::oracle::case::{self, Case};
 use subring_tests::oracle::guest::{BASES, CODE, CODE_LEN, Plain, RAM, STACK};
 use subring_tests::oracle::rig::Rig;
-use subring_tests::oracle::{Choices, Honest, Limits, NEVER, Tally, compare_memory, follow, interpret};
+use subring_tests::oracle::{
+    Choices, Honest, Limits, NEVER, Native, Tally, compare_memory, follow, interpret,
+};
 use subring_tests::ring0_code::{Code, Places, Random, generate, generate_loop};
 
 const LIMITS: Limits = Limits { budget: 6000, may_be_longer: false, memory: false };
@@ -151,8 +153,15 @@ fn one(seed: u64, kicks: &Kicks, rig: &mut Rig, tally: &mut Tally) -> Result<(),
         let branch = r.pick(&[4, 32, NEVER]);
         let mut choices = Choices { r: &mut r, wait: rarity, burst: 4, branch };
         let native = &mut rig.native;
-        result = follow(&mut raw, &mut cpu, native, &trace, LIMITS, base, &mut choices, &mut Honest, tally)
-            .and_then(|()| compare_memory(&rig.native, &rig.interpreter));
+        result = follow(
+            Native { raw: &mut raw, cpu: &mut cpu, m: native, base },
+            &trace,
+            LIMITS,
+            &mut choices,
+            &mut Honest,
+            tally,
+        )
+        .and_then(|()| compare_memory(&rig.native, &rig.interpreter));
         if let Err(why) = &mut result {
             let shown = raw.debug_view(cpu.eip.wrapping_sub(12), 32);
             let two = case::two_streams(&raw, &trace);

@@ -492,6 +492,26 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_goes_on_inside_an_instruction_out_of_range_is_told() {
+        // 0: mov eax, 0x90909090; 5: ret; 6: jmp 2
+        let code = [0xb8, 0x90, 0x90, 0x90, 0x90, 0xc3, 0xeb, 0xfa];
+        let mut source = SliceSource { base: at(0), bytes: &code };
+        let mut map = CodeMap::new(CodeSize::Bits32);
+        map.scan(at(0), &mut source, &ScanOptions::default());
+        let options = ScanOptions { range: Some(at(6)..at(8)), ..ScanOptions::default() };
+        let report = map.scan(at(6), &mut source, &options);
+        assert_eq!(report.inside, [at(2)]);
+        // Not where an instruction starts, and not where nothing is known.
+        let code = [0x90, 0xeb, 0xfd, 0xeb, 0x10];
+        let mut source = SliceSource { base: at(0), bytes: &code };
+        let mut map = CodeMap::new(CodeSize::Bits32);
+        map.scan(at(0), &mut source, &ScanOptions { range: Some(at(0)..at(1)), ..ScanOptions::default() });
+        let options = ScanOptions { range: Some(at(1)..at(5)), ..ScanOptions::default() };
+        assert_eq!(map.scan(at(1), &mut source, &options).inside, []);
+        assert_eq!(map.scan(at(3), &mut source, &options).inside, []);
+    }
+
+    #[test]
     fn a_range_is_not_left() {
         let options = ScanOptions { range: Some(at(0)..at(2)), ..ScanOptions::default() };
         let (map, _) = scan_at(BASE, &[0x90, 0x90, 0x90], &options);

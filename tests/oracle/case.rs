@@ -3,7 +3,7 @@
 use super::guest::{BASES, CODE, CODE_LEN, DATA, Plain, STACK};
 use super::rig::Rig;
 use super::{
-    Choices, Honest, Limits, Meddler, NEVER, Tally, Trace, Useless, compare_memory, follow, interpret,
+    Choices, Honest, Limits, Meddler, NEVER, Native, Tally, Trace, Useless, compare_memory, follow, interpret,
 };
 use crate::ring0_code::{Random, sel};
 use monitor::cpum::{CpuState, eflags, gpr};
@@ -132,7 +132,7 @@ impl Case {
 
     /// A register: three times out of four an address of data, else what it says.
     fn register(value: u32, data: u32) -> u32 {
-        if value & 3 == 3 { value >> 2 | value << 30 } else { data + (value >> 2) % 0x1f00 }
+        if value & 3 == 3 { value.rotate_right(2) } else { data + (value >> 2) % 0x1f00 }
     }
 
     /// The guest, and its CPU at the start.
@@ -243,7 +243,14 @@ pub fn run(rig: &mut Rig, case: &Case, meddler: &mut dyn Meddler, tally: &mut Ta
     let mut r = Random(u64::from(case.seed) << 32 | 1);
     let mut choices = case.choices(&mut r);
     let native = &mut rig.native;
-    let mut result = follow(&mut raw, &mut cpu, native, &trace, LIMITS, base, &mut choices, meddler, tally);
+    let mut result = follow(
+        Native { raw: &mut raw, cpu: &mut cpu, m: native, base },
+        &trace,
+        LIMITS,
+        &mut choices,
+        meddler,
+        tally,
+    );
     if result.is_ok() && trace.end != super::End::Budget {
         result = compare_memory(&rig.native, &rig.interpreter);
     }

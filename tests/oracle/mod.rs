@@ -274,6 +274,11 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
         if cpu.cpl != 0 || cpu.v86() {
             return Err(Useless::Ring);
         }
+        let state = State::of(&cpu);
+        if passed.last().is_some_and(|p: &Passed| p.state == state) {
+            // A branch to itself, or to a store that changes nothing: nobody can tell how often it was done.
+            return Err(Useless::Budget);
+        }
         if passed.len() >= limits.budget {
             if !limits.may_be_longer {
                 return Err(Useless::Budget);
@@ -289,7 +294,7 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
             since_sti = if i.mnemonic() == Mnemonic::Sti { 0 } else { since_sti + 1 };
         }
         passed.push(Passed {
-            state: State::of(&cpu),
+            state,
             interruptible: cpu.interruptible(),
             behind_sti,
             memory: if limits.memory { digest(m, &cpu) } else { 0 },
@@ -363,21 +368,31 @@ pub struct Honest;
 
 impl Meddler for Honest {}
 
-/// Runs in raw mode along the trace. `code` is the linear address of the first code page, for branches.
+/// The raw side of a run.
+pub struct Native<'a> {
+    /// The engine.
+    pub raw: &'a mut RawEngine,
+    /// Its CPU, at the start of the trace.
+    pub cpu: &'a mut CpuState,
+    /// Its machine.
+    pub m: &'a mut Machine,
+    /// Linear minus physical addresses of the guest, for branches.
+    pub base: u32,
+}
+
+/// Runs in raw mode along the trace.
 ///
 /// # Errors
 /// What differs, in words.
 pub fn follow(
-    raw: &mut RawEngine,
-    cpu: &mut CpuState,
-    m: &mut Machine,
+    native: Native,
     trace: &Trace,
     limits: Limits,
-    base: u32,
     choices: &mut Choices,
     meddler: &mut dyn Meddler,
     tally: &mut Tally,
 ) -> Result<(), String> {
+    let Native { raw, cpu, m, base } = native;
     let since = Instant::now();
     let mut at = 0;
     let mut waits: Option<usize> = None;

@@ -6,7 +6,9 @@
 use super::case::{Case, LIMITS, two_streams};
 use super::guest::{CODE, CODE_LEN};
 use super::rig::Rig;
-use super::{End, Honest, Limits, Meddler, NEVER, Tally, Trace, Useless, compare_memory, follow, interpret};
+use super::{
+    End, Honest, Limits, Meddler, NEVER, Native, Tally, Trace, Useless, compare_memory, follow, interpret,
+};
 use crate::ring0_code::Random;
 use csam::{GuestLin, GuestPhys};
 use monitor::cpum::CpuState;
@@ -222,12 +224,9 @@ pub fn run(
                 let Ok(trace) = interpret(writing.clone(), &mut rig.interpreter, LIMITS) else { break };
                 let mut choices = super::Choices { r: &mut r, wait: NEVER, burst: NEVER, branch: NEVER };
                 result = follow(
-                    &mut raw,
-                    &mut writing,
-                    &mut rig.native,
+                    Native { raw: &mut raw, cpu: &mut writing, m: &mut rig.native, base },
                     &trace,
                     LIMITS,
-                    base,
                     &mut choices,
                     meddler,
                     tally,
@@ -262,7 +261,14 @@ pub fn run(
         let mut choices = case.choices(&mut r);
         let native = &mut rig.native;
         native.paging_changed(&cpu, PagingChange::Cr3);
-        result = follow(&mut raw, &mut cpu, native, &trace, LIMITS, base, &mut choices, meddler, tally);
+        result = follow(
+            Native { raw: &mut raw, cpu: &mut cpu, m: native, base },
+            &trace,
+            LIMITS,
+            &mut choices,
+            meddler,
+            tally,
+        );
         if result.is_ok() && trace.end != End::Budget {
             result = compare_memory(&rig.native, &rig.interpreter);
         }
