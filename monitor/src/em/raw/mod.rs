@@ -836,10 +836,18 @@ mod tests {
     #[test]
     fn layouts_keep_our_own_pages_apart() {
         for l in Layout::CANDIDATES {
+            let l = Layout { hole: Ring1Engine::segment_rules().hole, ..l };
+            let engines = |at: u32, len: u32| {
+                (0..len).step_by(0x1000).any(|i| l.is_engines(WorldLin(at.wrapping_add(i))))
+            };
+            assert!(l.is_engines(WorldLin(l.delta - 1)) && !l.is_engines(WorldLin(l.delta)));
+            assert!(!engines(l.data(GuestLin(l.vcpu)).0, 0x2000));
+            assert!(layout::USER_TRAMPS.iter().all(|at| !engines(*at, layout::USER_TRAMP_LEN)));
             let tramp = l.tramp_as_data();
             assert!([l.vcpu, l.gate].iter().all(|a| !l.behind_trampolines(GuestLin(*a))));
             for top in 0..=u8::MAX {
                 let near = l.near(top);
+                assert!(!engines(near.user_tramp(), layout::USER_TRAMP_LEN + layout::TRAMP_LEN), "{top:x}");
                 assert!([l.vcpu, l.gate].iter().all(|a| !near.behind_trampolines(GuestLin(*a))), "{top:x}");
                 for base in layout::USER_TRAMPS {
                     let apart = base.wrapping_sub(near.user_tramp())

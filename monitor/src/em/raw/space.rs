@@ -519,6 +519,36 @@ mod tests {
     }
 
     #[test]
+    fn segments_of_ring_0_end_before_the_engines_own_place_and_those_of_ring_3_need_not() {
+        const HOLE: u32 = 0x1_3000;
+        let rules =
+            SegmentRules { ring0: 1, code_ring0: 0x19, code_ring3: 0x23, hole: HOLE, readable_code: false };
+        let mut d = Descriptors::new(rules);
+        let layout = Layout { hole: HOLE, ..Layout::CANDIDATES[0] };
+        // The last world address each can reach.
+        let mut end = |base, limit, whose| {
+            let selector = d.selector(&Segment { limit, ..segment(base) }, false, &layout, whose);
+            let (_, c) = d.content(selector).unwrap();
+            assert_eq!(u16::from(c.ring), selector & 3);
+            assert_eq!(c.ring, if whose == For::Ring0 { 1 } else { 3 });
+            let limit = if c.limit_in_pages { c.limit << 12 | 0xfff } else { c.limit };
+            (!c.expand_down).then(|| c.base.wrapping_add(limit))
+        };
+        let ring3 = For::Ring3 { below: None };
+        assert_eq!(end(0, u32::MAX, For::Ring0), Some(layout.delta - HOLE - 1));
+        assert_eq!(end(0, u32::MAX, ring3), Some(layout.delta - 1));
+        assert_eq!(end(0xc000_0000, 0xfff, For::Ring0), Some(layout.delta.wrapping_add(0xc000_0fff)));
+        // A base in the middle of a page loses the rest of one.
+        assert_eq!(end(0x8000_0123, u32::MAX, For::Ring0), Some(layout.delta - HOLE - 0x1000 + 0x122));
+        // Close before the hole the limit counts bytes.
+        assert_eq!(end(0u32.wrapping_sub(HOLE + 9), u32::MAX, For::Ring0), Some(layout.delta - HOLE - 1));
+        assert_eq!(end(0u32.wrapping_sub(HOLE), u32::MAX, For::Ring0), None, "no byte");
+        assert_eq!(end(0xffff_ffff, 0, For::Ring0), None);
+        assert_eq!(d.selector(&segment(0), true, &layout, For::Ring0), 0x19);
+        assert_eq!(d.selector(&segment(0), true, &layout, ring3), 0x23);
+    }
+
+    #[test]
     fn a_world_is_given_a_descriptor_once_and_again_when_the_numbering_starts_afresh() {
         let mut d = Descriptors::default();
         let mut space = Space::new(Box::new(FakeWorld::new()), Role::Supervisor);
