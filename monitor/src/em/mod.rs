@@ -231,7 +231,9 @@ impl Em {
                 continue;
             }
             let interrupt = self.cpu.interruptible() && self.m.devices.interrupt_pending();
-            let injected = interrupt && self.burst.is_none() && self.engines.injects(&self.cpu);
+            // Lockstep has to see it.
+            let left = self.burst.is_none() && self.lockstep.is_none();
+            let injected = interrupt && left && self.engines.injects(&self.cpu);
             if interrupt && !injected {
                 let vector = self.m.devices.acknowledge();
                 self.m.devices_touched = true;
@@ -610,6 +612,11 @@ impl Em {
             self.note_delivery(Event::External { vector });
         }
         self.close_record(entered);
+        if self.lockstep.is_some()
+            && let Err(e) = self.engines.settle(&mut self.cpu, &mut self.m)
+        {
+            return self.fail(e);
+        }
         self.compare(left.wrapping_sub(entered), None);
         self.exits += 1;
         if self.ring.len() < RING {
