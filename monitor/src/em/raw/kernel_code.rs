@@ -456,9 +456,10 @@ impl KernelCode {
         let mut all: BTreeSet<GuestLin> = report.inside.iter().copied().collect();
         for &(at, len) in &report.instructions {
             let end = at.wrapping_add(u32::from(len));
-            let inner = (1..u32::from(len)).map(|i| at.wrapping_add(i));
-            all.extend(inner.filter(|b| self.map.is_target(*b)));
             let page = at.page_base();
+            // Within the page the scan has followed them, and what is left of others is no code any more.
+            let inner = (1..u32::from(len)).map(|i| at.wrapping_add(i)).filter(|b| b.page_base() != page);
+            all.extend(inner.filter(|b| self.map.is_target(*b)));
             if at.page_offset() < 15 && page.0 > 0 {
                 let before = self.map.overlapping(GuestLin(page.0 - 1), page);
                 let ends = before.iter().map(|(a, l)| a.wrapping_add(u32::from(*l)));
