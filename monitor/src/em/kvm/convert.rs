@@ -79,6 +79,8 @@ fn system(cpu: &CpuState, sregs: &mut kvm_sregs) {
     (sregs.cr3, sregs.cr4) = (cpu.cr3.into(), cpu.cr4.into());
     sregs.efer = cpu.msr.efer;
     sregs.interrupt_bitmap = [0; 4];
+    // There is no local APIC. While this said that it is enabled, KVM would show it in CPUID whatever the policy says.
+    sregs.apic_base = 0;
 }
 
 /// Nothing is on its way; the interrupt shadow is CPUM's.
