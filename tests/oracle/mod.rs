@@ -490,6 +490,7 @@ pub fn follow(
                 }
                 After::Deliver(Event::Exception(trap)) => Some(End::Trap(trap)),
                 After::Deliver(event) => return Err(format!("{how}: raised {event:?}")),
+                After::TripleFault { .. } => return Err(format!("{how}: shut down")),
                 After::Interpret => {
                     raw.fetch_fpu(cpu);
                     let instruction = interp::fetch_decode(cpu, m).unwrap_or_default();
