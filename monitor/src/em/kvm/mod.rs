@@ -191,6 +191,8 @@ impl KvmEngine {
                 self.serve(exit, cpu, m);
             }
         }
+        // The rest of an `ins` goes to RAM.
+        m.ran_natively();
         self.pull(cpu, m)
     }
 
@@ -284,7 +286,8 @@ impl Engine for KvmEngine {
         let exit = self.vm.run()?;
         self.last_run = (entered, host_tsc());
         self.pull(cpu, m)?;
-        // The guest may have flushed its TLB where the interpreter did not see it.
+        // The guest may have written to code and flushed its TLB where the interpreter did not see it.
+        m.ran_natively();
         m.forget_translations();
         self.exited(exit, cpu, m)
     }
