@@ -124,7 +124,10 @@ impl KvmEngine {
                 *entry = bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
             }
         }
-        self.seen = Some(cpu.clone());
+        // EFER is the policy's: what the vCPU holds differs after a `wrmsr` until the next push.
+        let mut seen = cpu.clone();
+        seen.msr.efer = self.held.sregs.efer;
+        self.seen = Some(seen);
         Ok(())
     }
 
