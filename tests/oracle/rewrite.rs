@@ -196,7 +196,7 @@ pub fn run(
         plain.put(WRITER + 0x100 * n as u32, &[0xf4]);
     }
     rig.fill(&plain.memory, &start);
-    rig.worlds.control.every.set(case.every().max(1));
+    rig.worlds.control.every.set(case.every());
     rig.worlds.control.each.set(false);
     let mut raw = rig.engine(case.flags & 4 != 0)?;
     let mut r = Random(u64::from(case.seed) << 32 | 2);
