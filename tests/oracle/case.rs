@@ -167,7 +167,6 @@ impl Case {
     #[must_use]
     pub fn every(&self) -> u32 {
         match self.flags >> 4 & 7 {
-            0 => 31,
             1 => 3,
             2 => 7,
             _ => 1,
