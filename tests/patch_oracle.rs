@@ -140,6 +140,7 @@ fn one(seed: u64, kicks: &Kicks, rig: &mut Rig, tally: &mut Tally) -> Result<(),
         let start = guest.start(&mut r, hot, number);
         let Ok(trace) = interpret(start.clone(), &mut rig.interpreter, LIMITS) else {
             rig.interpreter.ram.write(0, &before).unwrap();
+            rig.interpreter.ran_natively();
             tally.discarded += 1;
             continue;
         };

@@ -220,7 +220,9 @@ fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
         || port
         || matches!(
             i.mnemonic(),
-            M::Lgdt
+            // `int1` cannot be told from a step.
+            M::Int1
+                | M::Lgdt
                 | M::Lidt
                 | M::Lldt
                 | M::Ltr

@@ -141,6 +141,7 @@ fn interpret_here(rig: &mut Rig, cpu: &CpuState, base: u32, limits: Limits) -> R
             Err(Useless::Excluded(eip)) => {
                 let at = eip.wrapping_sub(base) & 0x3f_ffff;
                 let _all = rig.interpreter.ram.write(0, &before);
+                rig.interpreter.ran_natively();
                 rig.interpreter.paging_changed(cpu, PagingChange::Cr3);
                 if before.get(at as usize).is_none_or(|b| *b == 0xf4) {
                     return Err(Useless::Excluded(eip));

@@ -66,6 +66,8 @@ impl Rig {
     pub fn fill(&mut self, memory: &[u8], cpu: &monitor::cpum::CpuState) {
         for m in [&mut self.interpreter, &mut self.native] {
             let _fits = m.ram.write(0, memory);
+            // What it remembers of instructions is of the guest before.
+            m.ran_natively();
             m.paging_changed(cpu, PagingChange::Cr3);
         }
     }
