@@ -501,6 +501,12 @@ impl Patm {
         self.patches.get(id).filter(|p| eip - start < u32::from(p.len))
     }
 
+    /// Does a patch start in `lo..hi`?
+    #[must_use]
+    pub fn starts_in(&self, lo: GuestLin, hi: GuestLin) -> bool {
+        lo < hi && self.by_start.range(lo.0..hi.0).next().is_some()
+    }
+
     /// The patch whose trampoline holds `eip`, and the offset in it.
     fn trampoline_at(&self, eip: u32) -> Option<(&Patch, u32)> {
         let (&start, id) = self.by_trampoline.range(..=eip).next_back()?;

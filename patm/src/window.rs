@@ -184,6 +184,14 @@ pub(crate) fn window(
     if !info.writable_window(lo, at - start) {
         return Err(Refusal::NotWritable);
     }
+    // An instruction that begins before the window and ends in it would read the jump as its own bytes.
+    let reaches_in = |back: u32| {
+        let before = start.checked_sub(back).filter(|before| info.is_start(GuestLin(*before)));
+        before.and_then(|before| Insn::decode(info, before)).is_some_and(|insn| insn.len() > back)
+    };
+    if (1..15).any(reaches_in) {
+        return Err(Refusal::BranchTarget); // overlapping code
+    }
     let mut inner_target = false;
     for eip in start + 1..at {
         let here = GuestLin(eip);

@@ -326,3 +326,17 @@ fn a_branch_to_a_trapping_site_does_the_one_behind_it_as_well() {
     let undone = patm.undo_overlapping(csam::GuestLin(hlt), csam::GuestLin(BASE + 14));
     assert!(undone.iter().any(|p| p.id == thread.id));
 }
+
+#[test]
+fn a_window_does_not_start_inside_another_instruction() {
+    // 0: add [ebp+ecx+25h], dh, of which the last byte is the first of 3: and eax, 0fffff0ffh; then mov cr3, eax.
+    let code = [0x00, 0x74, 0x0d, 0x25, 0xff, 0xf0, 0xff, 0xff, 0x0f, 0x22, 0xd8, 0xc3];
+    let mut scanned = Scanned::new(&code);
+    scanned.scan_from(BASE + 3);
+    let mut patm = Patm::new(config());
+    scanned.patch_all(&mut patm);
+    for patch in patm.patches() {
+        assert!(patch.start.0 >= BASE + 4, "{:#x}", patch.start.0);
+    }
+    assert!(patm.patches().any(|p| p.sites.iter().any(|s| s.at.0 == BASE + 8)));
+}

@@ -77,6 +77,9 @@ pub struct KernelCode {
     pub changes: u64,
     /// How often each trap byte was hit.
     traps: HashMap<u32, u32>,
+    /// Known instructions whose first byte traps in the view although they have no patch: sites that cannot be patched, and
+    /// whatever shares bytes with them.
+    interpreted: BTreeSet<GuestLin>,
 }
 
 /// Writes code memory. Offsets come from its own allocator, so the bounds check cannot fail.
@@ -147,6 +150,7 @@ impl KernelCode {
             next_limit: HashMap::new(),
             changes: 0,
             traps: HashMap::new(),
+            interpreted: BTreeSet::new(),
         }
     }
 
@@ -241,6 +245,9 @@ impl KernelCode {
         let orphans = self.undo_in(code, lo, hi);
         let crossing = self.map.overlapping(lo, hi);
         self.map.forget_page(number);
+        for (at, _) in &crossing {
+            self.interpreted.remove(at);
+        }
         let Some(page) = self.pages.remove(&number) else { return };
         code.free(page.offset);
         m.untrack(page.pfn);
@@ -271,6 +278,7 @@ impl KernelCode {
                     Some(p) => {
                         p.bytes().get(at.0.wrapping_sub(p.start.0) as usize).copied().unwrap_or(UNSCANNED)
                     }
+                    None if self.interpreted.contains(&at) => UNSCANNED,
                     None if self.map.proven(at) => page.original[at.page_offset()],
                     None => UNSCANNED,
                 };
@@ -345,6 +353,7 @@ impl KernelCode {
                 self.trap_overlapping(code, site);
                 continue;
             }
+            self.interpreted.remove(&site);
             let planned = {
                 let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
                 let info = MapView { map: &self.map, fetch, writable };
@@ -363,9 +372,7 @@ impl KernelCode {
                     if self.refusals.len() < 4096 {
                         self.refusals.push((site, refusal));
                     }
-                    if let Some(page) = self.pages.get(&site.page_number()) {
-                        put(code, page.offset + site.page_offset() as u64, &[UNSCANNED]);
-                    }
+                    self.interpret_at(code, site);
                 }
             }
         }
@@ -399,9 +406,15 @@ impl KernelCode {
             }
         }
         for at in done {
-            if let Some(page) = self.pages.get(&at.page_number()) {
-                put(code, page.offset + at.page_offset() as u64, &[UNSCANNED]);
-            }
+            self.interpret_at(code, at);
+        }
+    }
+
+    /// Makes the first byte of a known instruction trap.
+    fn interpret_at(&mut self, code: &CodeMemory, at: GuestLin) {
+        self.interpreted.insert(at);
+        if let Some(page) = self.pages.get(&at.page_number()) {
+            put(code, page.offset + at.page_offset() as u64, &[UNSCANNED]);
         }
     }
 
@@ -519,6 +532,7 @@ impl KernelCode {
             let hi = at.wrapping_add(u32::from(len));
             if self.patm.patch_at(at.0).is_some()
                 || self.patm.patch_at(hi.0.wrapping_sub(1)).is_some()
+                || self.patm.starts_in(at, hi)
                 || self.patm.contradicts(at).is_some()
             {
                 let overlapped = self.undo_in(code, at, hi);
@@ -533,6 +547,13 @@ impl KernelCode {
                     put(code, page.offset + from as u64, &page.original[from..from + n as usize]);
                 }
                 i += n;
+            }
+        }
+        // An instruction over a trap would execute it as an operand, and its bytes have just gone over the trap.
+        for &(at, len) in &report.instructions {
+            let inside = at.wrapping_add(1)..at.wrapping_add(u32::from(len));
+            if inside.start < inside.end && self.interpreted.range(inside).next().is_some() {
+                self.trap_overlapping(code, at);
             }
         }
         again.extend(report.sites.iter().map(|s| s.at));
@@ -596,6 +617,9 @@ impl KernelCode {
         // Not decoded again before it is executed: a change may come in several stores, and what lies between them is
         // no code anybody wrote.
         self.map.forget_span(lo, hi);
+        for (at, _) in &known {
+            self.interpreted.remove(at);
+        }
         for &(at, len) in &known {
             self.refresh(code, at, at.wrapping_add(u32::from(len)));
         }
