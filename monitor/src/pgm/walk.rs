@@ -195,6 +195,11 @@ pub fn peek<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> O
     path(mem, cpu, lin).ok().map(|p| p.leaf)
 }
 
+/// Where the entry lies that maps `lin` (of a PAE entry its low half). None: not present, or paging is off.
+pub fn entry<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Option<GuestPhys> {
+    Some(path(mem, cpu, lin).ok()?.entry?.at)
+}
+
 fn permitted(cpu: &CpuState, leaf: &Leaf, access: Access) -> bool {
     if access.fetch && leaf.no_execute {
         return false;

@@ -26,6 +26,7 @@ use crate::trap::Event;
 use crate::trpm;
 use host_driver_shim::ram::GuestRam;
 use iced_x86::{Formatter, Instruction, NasmFormatter};
+use state::Early;
 use std::collections::VecDeque;
 use std::fmt::Write;
 
@@ -56,8 +57,8 @@ pub struct Lockstep {
     ram_compared_at: u64,
     /// Comparisons of registers, and of RAM.
     pub compared: (u64, u64),
-    /// A bits of page-table entries the leader had set early.
-    pub early_a_bits: u64,
+    /// Page-table entries whose A or D bit the leader had set early.
+    pub early_bits: u64,
 }
 
 impl Lockstep {
@@ -79,7 +80,7 @@ impl Lockstep {
             limit,
             ram_compared_at: 0,
             compared: (0, 0),
-            early_a_bits: 0,
+            early_bits: 0,
         }
     }
 
@@ -99,8 +100,8 @@ impl Lockstep {
     #[must_use]
     pub fn summary(&self) -> String {
         format!(
-            "lockstep: no difference in {} instructions; registers compared {} times, memory {} times; {} accessed bits set early",
-            self.instructions, self.compared.0, self.compared.1, self.early_a_bits
+            "lockstep: no difference in {} instructions; registers compared {} times, memory {} times; {} table entries' bits set early",
+            self.instructions, self.compared.0, self.compared.1, self.early_bits
         )
     }
 
@@ -243,12 +244,13 @@ impl Lockstep {
         }
         let Tape::Play(play) = &self.m.tape else { return String::new() };
         let (tables, written) = (play.tables.borrow().clone(), play.written.borrow().clone());
-        let mut early = match state::frames(m, &mut self.m, &tables, written.into_iter()) {
+        let forgiven = Early { tables: &tables, dirty: state::about_to_write(&self.cpu, &mut self.m) };
+        let mut early = match state::frames(m, &mut self.m, &forgiven, written.into_iter()) {
             Ok(early) => early,
             Err(pages) => return pages,
         };
         if all {
-            match state::ram(m, &mut self.m, &tables) {
+            match state::ram(m, &mut self.m, &forgiven) {
                 Ok(n) => early += n,
                 Err(pages) => {
                     let since = self.instructions - self.ram_compared_at;
@@ -265,7 +267,7 @@ impl Lockstep {
             self.ram_compared_at = self.instructions;
             self.compared.1 += 1;
         }
-        self.early_a_bits += early;
+        self.early_bits += early;
         String::new()
     }
 
