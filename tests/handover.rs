@@ -2,11 +2,10 @@
 //!
 //! `SUBRING_BOOTS=5` boots each Debian kernel so many times (once otherwise).
 
-use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
-use monitor::boot::{self, BootOptions, GuestMemoryWriter, OutsideRam};
+use monitor::boot::{self, BootOptions};
 use monitor::builtin;
 use monitor::cpuid_msr::CpuPolicy;
 use monitor::devices::ns16550a::{SerialSink, WriterSink};
@@ -70,20 +69,6 @@ fn the_pae_kernel_boots_while_it_is_handed_over_every_50_ms() {
     boots(cache::kernel_686_pae());
 }
 
-struct RamWriter<'a>(&'a GuestRam);
-
-impl GuestMemoryWriter for RamWriter<'_> {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn write(&mut self, at: GuestPhys, data: &[u8]) -> Result<(), OutsideRam> {
-        self.0.write(at.0, data).ok_or(OutsideRam { at, len: data.len() as u64 })
-    }
-    fn read(&self, at: GuestPhys, buf: &mut [u8]) -> Result<(), OutsideRam> {
-        self.0.read(at.0, buf).ok_or(OutsideRam { at, len: buf.len() as u64 })
-    }
-}
-
 /// A console that others may read.
 #[derive(Clone, Default)]
 struct Text(Arc<Mutex<Vec<u8>>>);
@@ -106,7 +91,7 @@ fn runs_on_two_engines(
     seed: u64,
 ) -> (Stop, String, u64) {
     let ram = GuestRam::new(256 << 20).expect("guest RAM");
-    let boot = boot::load(kernel, options, &mut RamWriter(&ram)).expect("the kernel can be loaded");
+    let boot = boot::load(kernel, options, &mut &ram).expect("the kernel can be loaded");
     let (text, clock) = (Text::default(), Clock::host());
     let sink: Box<dyn SerialSink> = Box::new(WriterSink(text.clone()));
     let devices = Devices::new(DevicesConfig {

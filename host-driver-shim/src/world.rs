@@ -22,6 +22,14 @@ bitflags! {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct WorldLin(pub u32);
 
+/// The state after FNINIT and with MXCSR at its reset value, in FXSAVE64's layout.
+pub(crate) fn initial_fx() -> [u8; 512] {
+    let mut fx = [0; 512];
+    fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+    fx[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+    fx
+}
+
 /// What a mapping shows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Backing {
@@ -156,6 +164,15 @@ pub struct FillRules {
     pub users_below: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+impl FillRules {
+    /// Whether nothing of the guest's may be mapped somewhere in `pages` world pages from `page`.
+    pub(crate) fn keeps_out(&self, page: u32, pages: u32) -> bool {
+        self.keep_out.iter().any(|&(first, len)| {
+            len != 0 && page < first.saturating_add(len) && first < page.saturating_add(pages)
+        })
+    }
 }
 
 /// What `cpuid` of ring 3 answers for a leaf.

@@ -65,9 +65,13 @@ struct Held {
 }
 
 impl Held {
+    /// What the host's clocks show.
+    fn host_now(&self) -> Moment {
+        Moment { tsc: host_driver_shim::tsc::read(), ns: self.host.monotonic_ns() }
+    }
+
     fn now(&self) -> Moment {
-        let now = || Moment { tsc: host_driver_shim::tsc::read(), ns: self.host.monotonic_ns() };
-        let at = self.since.unwrap_or_else(now);
+        let at = self.since.unwrap_or_else(|| self.host_now());
         Moment { tsc: at.tsc.wrapping_sub(self.lost.tsc), ns: at.ns.saturating_sub(self.lost.ns) }
     }
 }
@@ -87,7 +91,7 @@ impl HeldTime {
     /// Stops; a second call changes nothing.
     pub fn hold(&self) {
         let mut held = self.lock();
-        let now = Moment { tsc: host_driver_shim::tsc::read(), ns: held.host.monotonic_ns() };
+        let now = held.host_now();
         held.since.get_or_insert(now);
     }
 
@@ -95,9 +99,9 @@ impl HeldTime {
     pub fn release(&self) {
         let mut held = self.lock();
         if let Some(since) = held.since.take() {
-            let ns = held.host.monotonic_ns().saturating_sub(since.ns);
-            held.lost.ns += ns;
-            held.lost.tsc += host_driver_shim::tsc::read().wrapping_sub(since.tsc);
+            let now = held.host_now();
+            held.lost.ns += now.ns.saturating_sub(since.ns);
+            held.lost.tsc += now.tsc.wrapping_sub(since.tsc);
         }
     }
 }
@@ -229,17 +233,23 @@ impl Clock {
     /// How long so many counts of the time-stamp counter take, ns; 0 where it cannot be told.
     #[must_use]
     pub fn ns_of_counts(&self, counts: u64) -> u64 {
-        let ns = u128::from(self.source.monotonic_ns().saturating_sub(self.made.ns));
-        let since = u128::from(self.source.tsc().saturating_sub(self.made.tsc));
-        u64::try_from((u128::from(counts) * ns).checked_div(since).unwrap_or(0)).unwrap_or(u64::MAX)
+        let age = self.age();
+        scaled(counts, age.ns, age.tsc)
     }
 
     /// How many counts of the time-stamp counter so many ns are; 0 where it cannot be told.
     #[must_use]
     pub fn counts_of_ns(&self, ns: u64) -> u64 {
-        let since = u128::from(self.source.monotonic_ns().saturating_sub(self.made.ns));
-        let counts = u128::from(self.source.tsc().saturating_sub(self.made.tsc));
-        u64::try_from((u128::from(ns) * counts).checked_div(since).unwrap_or(0)).unwrap_or(u64::MAX)
+        let age = self.age();
+        scaled(ns, age.tsc, age.ns)
+    }
+
+    /// What both clocks have counted since this one was made.
+    fn age(&self) -> Moment {
+        Moment {
+            tsc: self.source.tsc().saturating_sub(self.made.tsc),
+            ns: self.source.monotonic_ns().saturating_sub(self.made.ns),
+        }
     }
 
     /// The time-stamp counter a guest with offset 0 reads.
@@ -271,6 +281,12 @@ impl Clock {
     pub fn until(&self, deadline: u64) -> u64 {
         deadline.saturating_sub(self.now())
     }
+}
+
+/// `value` by `by` over `over`; 0 where that is 0.
+fn scaled(value: u64, by: u64, over: u64) -> u64 {
+    let scaled = (u128::from(value) * u128::from(by)).checked_div(u128::from(over)).unwrap_or(0);
+    u64::try_from(scaled).unwrap_or(u64::MAX)
 }
 
 /// The host's UTC as ns since 1970-01-01, for the RTC at power-on.

@@ -1,6 +1,6 @@
 //! The virtual machine: puts a guest together from a configuration and runs it to its end.
 
-use crate::boot::{self, BootOptions, GuestMemoryWriter, Module, OutsideRam};
+use crate::boot::{self, BootOptions, Module};
 use crate::builtin;
 use crate::config::{EngineChoice, Kernel, RunConfig};
 use crate::console_io::Console;
@@ -17,7 +17,6 @@ use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
 use crate::outcome::{Ending, RunOutcome};
 use crate::tm::{Clock, HeldTime, host_utc_ns};
-use csam::GuestPhys;
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::kvm::{self, KvmWorth};
 use host_driver_shim::ram::GuestRam;
@@ -36,20 +35,6 @@ const CODE_MEMORY: u64 = 256 << 20;
 struct Image {
     kernel: Vec<u8>,
     options: BootOptions,
-}
-
-struct RamWriter<'a>(&'a GuestRam);
-
-impl GuestMemoryWriter for RamWriter<'_> {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn write(&mut self, at: GuestPhys, data: &[u8]) -> Result<(), OutsideRam> {
-        self.0.write(at.0, data).ok_or(OutsideRam { at, len: data.len() as u64 })
-    }
-    fn read(&self, at: GuestPhys, buf: &mut [u8]) -> Result<(), OutsideRam> {
-        self.0.read(at.0, buf).ok_or(OutsideRam { at, len: buf.len() as u64 })
-    }
 }
 
 /// Reads an input file. What is no regular file (`/dev/zero`, say) is not read to its end if that is beyond guest RAM.
@@ -136,7 +121,7 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         Ok(ram) => ram,
         Err(e) => return (host_error("guest RAM", &e), false, None),
     };
-    let boot = match boot::load(&image.kernel, &image.options, &mut RamWriter(&ram)) {
+    let boot = match boot::load(&image.kernel, &image.options, &mut &ram) {
         Ok(boot) => boot,
         Err(e) => return (Ending::BadInput(format!("{}: {e}", kernel_name(config))), false, None),
     };

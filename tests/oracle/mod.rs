@@ -19,7 +19,7 @@ pub mod stepping;
 
 use guest::{BRANCH, BRANCH_TARGET, COMPARED};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
-use monitor::cpum::{CpuState, Segment, eflags, gpr, seg};
+use monitor::cpum::{CpuState, Segment, eflags, gpr};
 use monitor::em::engine::Engine;
 use monitor::em::raw::{After, RawEngine};
 use monitor::interp::{self, Step};
@@ -308,23 +308,6 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
     }
 }
 
-/// The data segment register an instruction loads: what EM tells the engine's cache of.
-fn loaded_segment(i: &Instruction) -> Option<usize> {
-    let of = |r: Register| {
-        let all = [Register::ES, Register::CS, Register::SS, Register::DS, Register::FS, Register::GS];
-        all.iter().position(|s| *s == r).filter(|n| *n != seg::CS)
-    };
-    match i.mnemonic() {
-        Mnemonic::Mov | Mnemonic::Pop if i.op0_kind() == OpKind::Register => of(i.op0_register()),
-        Mnemonic::Les => Some(seg::ES),
-        Mnemonic::Lds => Some(seg::DS),
-        Mnemonic::Lss => Some(seg::SS),
-        Mnemonic::Lfs => Some(seg::FS),
-        Mnemonic::Lgs => Some(seg::GS),
-        _ => None,
-    }
-}
-
 /// How often what happened, so that a test of nothing is noticed.
 #[derive(Default, Debug, Clone)]
 #[allow(missing_docs)]
@@ -496,11 +479,10 @@ pub fn follow(
                 After::Interpret => {
                     raw.fetch_fpu(cpu);
                     let instruction = interp::fetch_decode(cpu, m).unwrap_or_default();
+                    raw.will_interpret(cpu, m, &instruction);
                     let end = step(cpu, m);
-                    if end.is_none()
-                        && let Some(which) = loaded_segment(&instruction)
-                    {
-                        raw.cache_segment(cpu, m, which);
+                    if end.is_none() {
+                        raw.has_interpreted(cpu, m, &instruction);
                     }
                     if choices.r.one_in(choices.burst) {
                         burst = choices.r.below(6) as i32;

@@ -6,9 +6,10 @@
 
 use super::KvmError;
 use super::run::RunPage;
+use super::signal;
 use crate::world::Kicker;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The address of `immediate_exit` in a mapped page.
 pub(super) struct ImmediateExit(pub(super) *mut u8);
@@ -29,34 +30,9 @@ pub(super) struct Shared {
 #[derive(Clone)]
 pub struct KvmKicker(pub(super) Arc<Shared>);
 
-/// A signal nothing else in the process uses; its handler does nothing.
-fn signal() -> i32 {
-    libc::SIGRTMIN() + 5
-}
-
-extern "C" fn nothing(_: i32) {}
-
-fn install() -> Result<(), KvmError> {
-    static ONCE: Once = Once::new();
-    let mut result = Ok(());
-    ONCE.call_once(|| {
-        // SAFETY: all zeros is a valid `sigaction`; the handler is an empty function; no SA_RESTART, so that KVM_RUN
-        // returns. Nothing else in this process uses the signal.
-        let set = unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = nothing as extern "C" fn(i32) as usize;
-            libc::sigaction(signal(), &action, std::ptr::null_mut())
-        };
-        if set != 0 {
-            result = Err(KvmError::last("sigaction"));
-        }
-    });
-    result
-}
-
 impl Shared {
     pub(super) fn new(immediate_exit: ImmediateExit) -> Result<Arc<Shared>, KvmError> {
-        install()?;
+        signal::install().map_err(|why| KvmError { what: "sigaction", why })?;
         let page = Mutex::new(Some(immediate_exit));
         Ok(Arc::new(Shared { wanted: AtomicBool::new(false), thread: AtomicI32::new(0), page }))
     }
@@ -64,8 +40,7 @@ impl Shared {
     /// The calling thread is about to run the guest.
     pub(super) fn enter(&self) {
         if self.thread.load(Ordering::Relaxed) == 0 {
-            // SAFETY: yields the calling thread's number.
-            self.thread.store(unsafe { libc::gettid() }, Ordering::SeqCst);
+            self.thread.store(signal::this_thread(), Ordering::SeqCst);
         }
     }
 
@@ -102,9 +77,7 @@ impl Kicker for KvmKicker {
         set(&page, true);
         let thread = self.0.thread.load(Ordering::SeqCst);
         if page.is_some() && thread != 0 {
-            // SAFETY: sends a signal whose handler does nothing to a thread of this process; a number that has gone, or is
-            // another thread's by now, does no harm.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+            signal::send(thread);
         }
     }
 }

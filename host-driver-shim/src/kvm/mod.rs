@@ -2,7 +2,7 @@
 //!
 //! 1. `mod.rs`: [`KvmVm`]: guest RAM as memory slots, one vCPU, registers, CPUID, which MSR accesses leave the guest.
 //! 2. `run`: the shared `kvm_run` page and KVM_RUN; what an exit was ([`KvmExit`]).
-//! 3. `kick`: how another thread makes KVM_RUN return.
+//! 3. `kick`, `signal`: how another thread makes KVM_RUN return.
 //! 4. `probe`: what the host's `/dev/kvm` is worth.
 //!
 //! There is no interrupt controller in the kernel: all devices are the monitor's. What is no slot is MMIO.
@@ -10,6 +10,7 @@
 mod kick;
 mod probe;
 mod run;
+pub(crate) mod signal;
 
 pub use kick::KvmKicker;
 pub use kvm_bindings::{
@@ -18,6 +19,7 @@ pub use kvm_bindings::{
 };
 pub use probe::{KvmWorth, probe};
 pub use run::KvmExit;
+pub(crate) use run::interrupt;
 
 use crate::ram::GuestRam;
 use crate::world::CpuidRow;
@@ -221,7 +223,7 @@ impl KvmVm {
             self.page.add_interrupt(vector);
             return Ok(());
         }
-        run::interrupt(&self.vcpu, vector)
+        interrupt(&self.vcpu, vector)
     }
 
     /// The registers after the last exit.

@@ -298,7 +298,8 @@ impl Drop for RunPage {
     }
 }
 
-pub(super) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), KvmError> {
+/// Queues an external interrupt (KVM_INTERRUPT).
+pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), KvmError> {
     let interrupt = kvm_bindings::kvm_interrupt { irq: vector.into() };
     // SAFETY: the kernel reads the structure.
     match unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_INTERRUPT, &raw const interrupt) } {

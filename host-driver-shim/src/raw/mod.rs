@@ -33,7 +33,7 @@ use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
     Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, PORT_ROWS, PortRow,
-    PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin,
+    PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin, initial_fx,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
@@ -153,14 +153,6 @@ impl RawEngine {
 
 fn host(what: &'static str) -> impl FnOnce(io::Error) -> WorldError {
     move |source| WorldError::Host { what, source }
-}
-
-/// The state after FNINIT and with MXCSR at its reset value, in FXSAVE64's layout.
-fn initial_fx() -> [u8; 512] {
-    let mut fx = [0; 512];
-    fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
-    fx[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-    fx
 }
 
 /// Where the valid copy of the FPU state is.

@@ -151,7 +151,7 @@ pub(crate) unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool 
     let centre = lin >> 12;
     let low = centre & !(span - 1);
     let delta_pages = rules.delta >> 12;
-    if large && place.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
+    if large && rules.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
         return false;
     }
     if large && let Some(w) = large_regions.get((lin >> 26) as usize) {
@@ -193,14 +193,8 @@ struct Places<'a> {
 }
 
 impl Places<'_> {
-    /// One of our own reservations overlaps these pages.
-    fn keeps_out(&self, page: u32, pages: u32) -> bool {
-        self.rules.keep_out.iter().any(|&(first, len)| {
-            len != 0 && page < first.saturating_add(len) && first < page.saturating_add(pages)
-        })
-    }
     fn is_taken(&self, page: u32) -> bool {
-        page < LOW_PAGES || is_set(self.foreign, page) || self.keeps_out(page, 1)
+        page < LOW_PAGES || is_set(self.foreign, page) || self.rules.keeps_out(page, 1)
     }
 }
 

@@ -3,6 +3,7 @@
 //! the same notes for the monitor.
 
 use crate::ram::GuestRam;
+use crate::raw::rc_deliver::SELECTORS;
 use crate::raw::rc_walk::{self, Page, prefetch, right, walk};
 use crate::world::{Fill, FillMode, FillRules, QUICK_SITES, Quick, QuickKind, WorldLin};
 
@@ -90,9 +91,7 @@ impl Filler {
     }
 
     fn is_taken(&self, tables: &Tables, page: u32) -> bool {
-        page < LOW_PAGES
-            || tables.is_other(page)
-            || self.rules.keep_out.iter().any(|&(first, len)| page.wrapping_sub(first) < len)
+        page < LOW_PAGES || tables.is_other(page) || self.rules.keeps_out(page, 1)
     }
 
     /// Answers a page fault if it is only a miss of the data shadow; false: it is the monitor's.
@@ -130,11 +129,7 @@ impl Filler {
         let low = centre & !(span - 1);
         let delta_pages = self.rules.delta >> 12;
         if large {
-            let first = low.wrapping_add(delta_pages) & 0xf_ffff;
-            let ours = |&(at, len): &(u32, u32)| {
-                len != 0 && first < at.saturating_add(len) && at < first.saturating_add(span)
-            };
-            if self.rules.keep_out.iter().any(ours) {
+            if self.rules.keeps_out(low.wrapping_add(delta_pages) & 0xf_ffff, span) {
                 return Ok(false);
             }
             self.mark_large(lin);
@@ -208,9 +203,6 @@ impl Filler {
         Some(quick.resume)
     }
 }
-
-/// vCPU page: the guest-visible selectors. The same as patm's `vcpu_page::SELECTORS`.
-const SELECTORS: u32 = 0x10;
 
 #[cfg(test)]
 mod tests {

@@ -7,13 +7,12 @@
 //!    the same way as ever.
 //! 4. [`Machine::rescued`]: what KVM could not carry out for guest code is taken out of the vCPU's registers instead.
 
-use std::ffi::c_int;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
-use std::sync::{Arc, Once};
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment,
@@ -23,6 +22,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::monitor::{self, Descriptor, FRAME, FRAME_WORDS, Frame};
 use super::tables::Pool;
+use crate::kvm::{interrupt, signal};
 use crate::shared::SharedMap;
 use crate::world::WorldError;
 
@@ -43,8 +43,6 @@ const MISC_FEATURES_ENABLES: u32 = 0x140;
 /// it takes a stack from an available one only.
 const TSS_AVAILABLE: u8 = 9;
 const TSS_BUSY: u8 = 11;
-/// KVM_INTERRUPT: _IOW(0xae, 0x86, __u32).
-const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
 
 /// Why the vCPU came back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -227,7 +225,8 @@ impl Machine {
                     run.request_interrupt_window = 0;
                 } else if run.ready_for_interrupt_injection != 0 {
                     run.request_interrupt_window = 0;
-                    self.interrupt().map_err(|source| WorldError::Host { what: "KVM_INTERRUPT", source })?;
+                    interrupt(&self.vcpu, monitor::DOORBELL)
+                        .map_err(|e| WorldError::Host { what: e.what, source: e.why })?;
                     rung = true;
                 } else {
                     // In the monitor, or in the shadow of a `mov ss`.
@@ -353,14 +352,6 @@ impl Machine {
         self.vcpu.set_regs(&regs).map_err(failed("setting a vCPU's registers"))?;
         self.region = Some(region);
         Ok(())
-    }
-
-    /// Queues the doorbell's interrupt.
-    fn interrupt(&self) -> io::Result<()> {
-        let irq = u32::from(monitor::DOORBELL);
-        // SAFETY: the call reads one `struct kvm_interrupt`, which is a u32.
-        let r = unsafe { libc::ioctl(self.vcpu.as_raw_fd(), KVM_INTERRUPT, &raw const irq) };
-        if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
 
@@ -489,25 +480,9 @@ unsafe impl Sync for Bell {}
 
 const PAGE: usize = 4096;
 
-/// The signal that ends KVM_RUN.
-fn signal() -> c_int {
-    libc::SIGRTMIN() + 2
-}
-
-extern "C" fn nothing(_: c_int) {}
-
 impl Bell {
     fn new(vcpu: &VcpuFd) -> io::Result<Bell> {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // SAFETY: an all-zero sigaction (empty mask, no flags: the call it interrupts returns EINTR) with a handler
-            // that does nothing, for a signal nobody else here uses.
-            unsafe {
-                let mut action: libc::sigaction = std::mem::zeroed();
-                action.sa_sigaction = nothing as extern "C" fn(c_int) as usize;
-                libc::sigaction(signal(), &raw const action, std::ptr::null_mut());
-            }
-        });
+        signal::install()?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
         let page =
@@ -529,8 +504,7 @@ impl Bell {
         self.immediate_exit().store(1, Ordering::SeqCst);
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
-            // SAFETY: the call touches no memory of ours. At worst the thread has left KVM_RUN, or is gone, by now.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+            signal::send(thread);
         }
     }
 
@@ -539,8 +513,7 @@ impl Bell {
     }
 
     fn enter(&self) {
-        // SAFETY: the call touches no memory of ours.
-        self.thread.store(unsafe { libc::gettid() }, Ordering::SeqCst);
+        self.thread.store(signal::this_thread(), Ordering::SeqCst);
     }
 
     fn leave(&self) {

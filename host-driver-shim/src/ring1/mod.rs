@@ -22,7 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
-use crate::world::{HostSegment, HwRegs, Kicker, SegmentRules, World, WorldError, WorldExit, WorldLin};
+use crate::world::{
+    HostSegment, HwRegs, Kicker, SegmentRules, World, WorldError, WorldExit, WorldLin, initial_fx,
+};
 use fill::Filler;
 use machine::{Bell, Machine};
 use tables::{Exhausted, Pool, Tables};
@@ -205,14 +207,6 @@ impl Ring1Engine {
             filler: Filler::new(),
         })
     }
-}
-
-/// The state after FNINIT and with MXCSR at its reset value, in FXSAVE64's layout.
-fn initial_fx() -> [u8; 512] {
-    let mut fx = [0; 512];
-    fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
-    fx[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-    fx
 }
 
 #[derive(Debug)]

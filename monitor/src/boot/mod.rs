@@ -23,6 +23,7 @@ mod testram;
 
 use crate::GuestPhys;
 use crate::cpum::{CpuState, SegAttr, Segment, TableRegister, cr0, eflags, seg};
+use host_driver_shim::ram::GuestRam;
 use layout::{Layout, Placed};
 use thiserror::Error;
 
@@ -35,6 +36,18 @@ pub trait GuestMemoryWriter {
     fn write(&mut self, at: GuestPhys, data: &[u8]) -> Result<(), OutsideRam>;
     /// Copies guest physical memory out.
     fn read(&self, at: GuestPhys, buf: &mut [u8]) -> Result<(), OutsideRam>;
+}
+
+impl GuestMemoryWriter for &GuestRam {
+    fn size(&self) -> u64 {
+        GuestRam::size(self)
+    }
+    fn write(&mut self, at: GuestPhys, data: &[u8]) -> Result<(), OutsideRam> {
+        GuestRam::write(self, at.0, data).ok_or(OutsideRam { at, len: data.len() as u64 })
+    }
+    fn read(&self, at: GuestPhys, buf: &mut [u8]) -> Result<(), OutsideRam> {
+        GuestRam::read(self, at.0, buf).ok_or(OutsideRam { at, len: buf.len() as u64 })
+    }
 }
 
 /// An access by a loader that is not wholly inside guest RAM.

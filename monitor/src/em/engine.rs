@@ -141,7 +141,7 @@ pub trait Engine {
     /// TSC when the last run began and when it ended.
     fn last_run(&self) -> (u64, u64);
     /// The instruction at EIP is about to be interpreted, because a run ended with [`After::Interpret`].
-    fn will_interpret(&mut self, _cpu: &CpuState, _instruction: &Instruction) {}
+    fn will_interpret(&mut self, _cpu: &CpuState, _m: &Machine, _instruction: &Instruction) {}
     /// It was, in ring 0 and without a fault.
     fn has_interpreted(&mut self, _cpu: &CpuState, _m: &mut Machine, _instruction: &Instruction) {}
     /// It delivers external interrupts by itself when it runs: EM leaves them to it.

@@ -654,7 +654,7 @@ impl Em {
                 }
                 let site = self.cpu.eip;
                 if let Some(engine) = self.engines.last() {
-                    engine.will_interpret(&self.cpu, &instruction);
+                    engine.will_interpret(&self.cpu, &self.m, &instruction);
                 }
                 self.interpret_one(&instruction);
                 let left = self.budget(site);

@@ -54,20 +54,11 @@ impl RawEngine {
                     ReasonKind::PendingAfterSti | ReasonKind::PendingAfterPopf => site.next().0,
                     ReasonKind::PendingAfterIret => world.vcpu_read(vp::SCRATCH_TARGET),
                 };
-                let (sensitive, at) = (site.kind, site.at);
-                if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Iret {
+                if kind == ReasonKind::Emulate && site.kind == csam::SensitiveKind::Iret {
                     if world.vcpu_read(vp::REFILL) != 0 {
                         self.learn_refill(reason);
                     }
                     self.retract_transitions(number);
-                }
-                if kind == ReasonKind::Emulate && sensitive == csam::SensitiveKind::Invlpg {
-                    self.learn_quick(cpu, m, reason, at);
-                }
-                if kind == ReasonKind::Emulate
-                    && matches!(sensitive, csam::SensitiveKind::In | csam::SensitiveKind::Out)
-                {
-                    self.learn_port(cpu, m, reason, at);
                 }
                 origin = Origin::Gate(kind);
             }

@@ -9,6 +9,7 @@ use crate::iom::Look;
 use crate::pgm::shadow::Entry;
 use host_driver_shim::raw::rc_walk::right;
 use host_driver_shim::world::{Fill, FillMode, FillRules, NO_BASE, POSTED_TSC, QuickKind};
+use iced_x86::Register;
 
 /// The longest run a world can have mapped: a large page's worth.
 const MAX_RUN: u32 = 512;
@@ -173,47 +174,33 @@ impl RawEngine {
         Ok(())
     }
 
-    /// A site whose trampoline has left by the gate: if it is a plain `invlpg`, worlds may do it themselves from now on.
-    pub(super) fn learn_quick(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
-        let Ok(i) = crate::interp::fetch_decode(cpu, m) else { return };
-        let plain = i.code() == iced_x86::Code::Invlpg_m
-            && i.memory_base().is_gpr32()
-            && i.memory_index() == iced_x86::Register::None;
+    /// The instruction at EIP has left by the gate: if it is a plain `invlpg`, worlds may do it themselves from now on.
+    pub(super) fn learn_invlpg(&mut self, cpu: &CpuState, reason: u32, i: &Instruction) {
+        let plain =
+            i.code() == Code::Invlpg_m && i.memory_base().is_gpr32() && i.memory_index() == Register::None;
         let segment = match i.memory_segment() {
-            iced_x86::Register::DS => seg::DS,
-            iced_x86::Register::SS => seg::SS,
+            Register::DS => seg::DS,
+            Register::SS => seg::SS,
             _ => return,
         };
         let flat_cs = cpu.seg[seg::CS].base == 0 && cpu.seg[seg::CS].limit == u32::MAX;
-        if !plain || !flat_cs || !cpu.seg[segment].is_flat() || self.quick.iter().any(|q| q.reason == reason)
-        {
+        if !plain || !flat_cs || !cpu.seg[segment].is_flat() {
             return;
         }
-        let next = at.0.wrapping_add(i.len() as u32);
-        let quick = Quick {
+        self.enter_quick(Quick {
             reason,
             kind: QuickKind::Invlpg,
             base: i.memory_base().number() as u32,
             displacement: i.memory_displacement32(),
             segment: segment as u32,
             selector: u32::from(cpu.seg[segment].selector),
-            resume: self.kernel_code.patm.resume_eip(next),
-        };
-        self.enter_quick(quick);
+            resume: self.resume_behind(cpu, i),
+        });
     }
 
-    /// A site that accesses a port has left by the gate: if worlds might do it themselves, they look at it from now on.
-    pub(super) fn learn_port(&mut self, cpu: &CpuState, m: &mut Machine, reason: u32, at: GuestLin) {
-        use iced_x86::Code;
-        if m.tape.is_recording() {
-            // What a world does with a port is not on the tape.
-            return;
-        }
-        let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1 }));
-        if rows.iter().all(|row| row.posts == 0) {
-            return;
-        }
-        let Ok(i) = crate::interp::fetch_decode(cpu, m) else { return };
+    /// The instruction at EIP has left by the gate: if it accesses a port that worlds might answer, they look at it from now
+    /// on.
+    pub(super) fn learn_port(&mut self, cpu: &CpuState, m: &Machine, reason: u32, i: &Instruction) {
         let (kind, base, displacement) = match i.code() {
             Code::In_AL_imm8 => (QuickKind::In, NO_BASE, u32::from(i.immediate8())),
             Code::In_AL_DX => (QuickKind::In, EDX, 0),
@@ -221,18 +208,25 @@ impl RawEngine {
             Code::Out_DX_AL => (QuickKind::Out, EDX, 0),
             _ => return,
         };
+        if m.tape.is_recording() {
+            // What a world does with a port is not on the tape.
+            return;
+        }
         let port = if base == NO_BASE { displacement as u16 } else { cpu.gpr[EDX as usize] as u16 };
+        let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1 }));
         if rows.iter().any(|row| row.posts != 0 && row.port == u32::from(port)) {
-            let resume = self.kernel_code.patm.resume_eip(at.0.wrapping_add(i.len() as u32));
+            let resume = self.resume_behind(cpu, i);
             self.enter_quick(Quick { reason, kind, base, displacement, resume, ..Quick::default() });
         }
     }
 
+    /// Where a world goes on behind the instruction at EIP.
+    fn resume_behind(&self, cpu: &CpuState, i: &Instruction) -> u32 {
+        self.kernel_code.patm.resume_eip(cpu.eip.wrapping_add(i.len() as u32))
+    }
+
     /// An `iret` to ring 3 has left by the gate because a page is to be mapped on the way: worlds do that from now on.
     pub(super) fn learn_refill(&mut self, reason: u32) {
-        if self.quick.iter().any(|q| q.reason == reason) && self.quick_changes == self.kernel_code.changes {
-            return;
-        }
         if let Some(resume) = self.kernel_code.patm.restart_eip(reason) {
             self.enter_quick(Quick { reason, kind: QuickKind::Refill, resume, ..Quick::default() });
         }

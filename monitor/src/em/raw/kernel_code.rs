@@ -531,7 +531,6 @@ impl KernelCode {
         for &(at, len) in &report.instructions {
             let hi = at.wrapping_add(u32::from(len));
             if self.patm.patch_at(at.0).is_some()
-                || self.patm.patch_at(hi.0.wrapping_sub(1)).is_some()
                 || self.patm.starts_in(at, hi)
                 || self.patm.contradicts(at).is_some()
             {

@@ -676,9 +676,15 @@ impl Engine for RawEngine {
     fn last_run(&self) -> (u64, u64) {
         self.last_run
     }
-    fn will_interpret(&mut self, cpu: &CpuState, instruction: &Instruction) {
+    fn will_interpret(&mut self, cpu: &CpuState, m: &Machine, instruction: &Instruction) {
         if cpu.cpl == 3 && instruction.code() == Code::Int_imm8 {
             self.note_system_call(instruction.immediate8());
+        }
+        if cpu.cpl == 0
+            && let HostExit::World(WorldExit::Gate { reason }) = self.last.raw
+        {
+            self.learn_invlpg(cpu, reason, instruction);
+            self.learn_port(cpu, m, reason, instruction);
         }
     }
     fn has_interpreted(&mut self, cpu: &CpuState, m: &mut Machine, instruction: &Instruction) {
