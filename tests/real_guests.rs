@@ -243,6 +243,29 @@ fn results_inside_the_guest_are_right() {
     }
 }
 
+#[test]
+fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
+    for kernel in [kernel_686, kernel_pae] {
+        let kernel = or_skip!("real_guests: idle", kernel());
+        let stats = std::env::temp_dir().join(format!("subring-idle-{}.json", std::process::id()));
+        let mut arguments = kernel.arguments(256, "quiet subring.run=idle");
+        arguments.extend(["--stats-out".into(), stats.display().to_string()]);
+        let mut guest = Guest::spawn(arguments);
+        guest.expect("SUBRING-IDLE", BOOT);
+        std::thread::sleep(Duration::from_secs(3));
+        // A sleeping world hears a key.
+        guest.send_bytes(b"\x01x");
+        assert_eq!(guest.wait_exit(SOON), 0);
+        let text = fs::read_to_string(&stats).expect("the accounting was written");
+        let _ = fs::remove_file(&stats);
+        let text: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+        let lines = text["inline"].as_array().expect("it has what worlds did by themselves");
+        let line = lines.iter().find(|line| line["instruction"] == "hlt and the tick that ends it, in the world");
+        let ticks = line.and_then(|line| line["count"].as_u64()).unwrap_or(0);
+        assert!(ticks > 50, "{ticks} ticks in 3 s: {lines:?}");
+    }
+}
+
 /// Sensitive instructions that cost a host signal in a self-test boot are some 200: the first hits of sites that are then
 /// patched better. A site that keeps trapping has a thousand times more.
 const TRAPPED_AT_MOST: u64 = 3000;

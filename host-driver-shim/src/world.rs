@@ -247,6 +247,8 @@ pub enum QuickKind {
     In = 2,
     /// `out port, al`, likewise.
     Out = 3,
+    /// `hlt`: sleep until the timer's tick and deliver it, see [`Guard`]. `resume` is the guest EIP behind it.
+    Halt = 4,
 }
 
 /// A site that a world may do by itself when its trampoline leaves by the gate.
@@ -317,6 +319,36 @@ pub struct PortWrite {
 /// Bits of [`PortWrite::tsc`].
 pub const POSTED_TSC: u64 = (1 << 40) - 1;
 
+/// [`PortWrite::port`] where nothing was written: the world delivered the timer's interrupt.
+pub const TICK: u16 = 0xffff;
+
+/// How a world watches the time by itself, and lets the guest sleep from one tick of its timer to the next. Points in time
+/// are readings of the host's time-stamp counter, lengths are its counts.
+///
+/// The tick a count written by a row with [`PortRow::unit`] ends with is the world's to deliver, by the rules of
+/// [`World::set_tick_rules`], if the guest sleeps in a [`QuickKind::Halt`] then. The next one is expected `period` later:
+/// the world comes back `after` it at the latest, and the row's `until` becomes `before` it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Guard {
+    /// The world leaves by [`WorldExit::Kick`] now. 0: the monitor watches the time.
+    pub at: u64,
+    /// From one tick to the next, as it was last.
+    pub period: u64,
+    /// See above.
+    pub before: u64,
+    /// See above.
+    pub after: u64,
+    /// Nanoseconds in 2^24 counts.
+    pub scale: u32,
+    /// Not 0: no interrupt is in service.
+    pub idle: u32,
+    /// A write to this port, if it posts, ends the service of the interrupt.
+    pub end_port: u32,
+    /// While bit 0 of this port's readable value is set, there is no tick.
+    pub mask_port: u32,
+}
+
 /// A run of pages a world mapped by itself, with the leaf rights used; no pages: it has followed an `invlpg` there.
 /// Unchecked: it is what the world says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -372,6 +404,14 @@ pub trait World {
     /// Lets the world deliver page faults to the guest by itself from the next run on, if `ready`. A world that cannot do
     /// that ignores it.
     fn set_delivery_rules(&mut self, _rules: &DeliveryRules) {}
+    /// The same for the timer's interrupt: what [`Guard`] needs.
+    fn set_tick_rules(&mut self, _rules: &DeliveryRules) {}
+    /// Whether this world can do what [`Guard`] is for.
+    fn can_guard(&self) -> bool {
+        false
+    }
+    /// Says who watches the time in the next run. Only for worlds that [can](World::can_guard).
+    fn set_guard(&mut self, _guard: &Guard) {}
     /// How many page faults the world says it has delivered to the guest, ever (wraps).
     fn faults_delivered(&self) -> u32 {
         0

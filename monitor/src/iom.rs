@@ -9,7 +9,7 @@ use crate::devices::debug_ports::{DEBUG_CONSOLE_PORT, DebugPorts, POST_PORT};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::i8237::Dma;
 use crate::devices::i8254::{COUNTER_0, Pit};
-use crate::devices::i8259::PicPair;
+use crate::devices::i8259::{MASTER_COMMAND, PicPair};
 use crate::devices::mc146818::{self, Rtc};
 use crate::devices::ns16550a::{COM_IRQS, COM_PORTS, Serial, SerialSink};
 use crate::devices::pci_config::{CONFIG_ADDRESS, PciConfig};
@@ -17,7 +17,7 @@ use crate::devices::port61::{PORT_B, PortB};
 use crate::devices::system_control::{PORT_A, PortA, RESET_CONTROL, ResetControl};
 use crate::devices::vga_text::Vga;
 use crate::tm::earliest;
-use host_driver_shim::world::{PORT_ROWS, PortRow};
+use host_driver_shim::world::{Guard, PORT_ROWS, PortRow};
 use std::collections::{BTreeMap, VecDeque};
 
 const IRQ_TIMER: u8 = 0;
@@ -66,6 +66,9 @@ pub struct PortCount {
     pub unclaimed: u64,
 }
 
+/// A world may believe that the timer has ticked so much too early, ns.
+const TICK_TOLERANCE: u64 = 100_000;
+
 /// When the EMT will look at the devices whatever happens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Look {
@@ -73,6 +76,8 @@ pub struct Look {
     pub tsc: u64,
     /// Its counts in a CLK of the 8254, 1 or more.
     pub counts_per_clk: u32,
+    /// A world is to see to it, and may deliver ticks to a guest that sleeps.
+    pub guard: Option<Guard>,
 }
 
 /// Every device behind the I/O ports.
@@ -391,6 +396,21 @@ impl Devices {
         [a, b, c, d, timer.unwrap_or_default()]
     }
 
+    /// The interrupt controllers' part of a guard: where ticks are masked and where their service ends.
+    #[must_use]
+    pub fn guarded(&self, guard: Guard) -> Guard {
+        let (end_port, mask_port) = (u32::from(MASTER_COMMAND), u32::from(MASTER_COMMAND) + 1);
+        Guard { idle: u32::from(self.pic.master.isr() == 0), end_port, mask_port, ..guard }
+    }
+
+    /// A world says that it delivered the timer's tick at guest time `then` (ns). Yields the vector if that can be.
+    pub fn tick_was_delivered(&mut self, then: u64) -> Option<u8> {
+        // It counts in host time, the timer in its own CLKs.
+        let rise = self.pit.next_deadline(then).filter(|at| *at <= then.saturating_add(TICK_TOLERANCE));
+        self.run_timers(rise.map_or(then, |at| at.max(then)));
+        self.interrupt_pending().then(|| self.acknowledge())
+    }
+
     /// The earliest guest time (ns) at which [`run_timers`](Devices::run_timers) must be called.
     #[must_use]
     pub fn next_deadline(&self, now: u64) -> Option<u64> {
@@ -470,6 +490,29 @@ mod tests {
             eoi(&mut d);
             assert!(now.abs_diff(tick * 10_000_000) < 20_000, "tick {tick} at {now}");
         }
+    }
+
+    #[test]
+    fn a_tick_delivered_in_a_world_is_believed_if_it_is_due_and_not_masked() {
+        let (mut d, _) = machine();
+        let due = |d: &mut Devices, from: u64| {
+            for (port, v) in [(0x43, 0x38), (0x40, 0xa9), (0x40, 4)] {
+                d.port_out(port, 1, v, from);
+            }
+            d.next_deadline(from).unwrap()
+        };
+        let at = due(&mut d, 0);
+        assert!(at.abs_diff(1_000_000) < 5000, "{at}");
+        assert_eq!(d.guarded(Guard::default()).idle, 1);
+        assert_eq!(d.tick_was_delivered(at - TICK_TOLERANCE - 1), None, "much too early");
+        assert_eq!(d.tick_was_delivered(at - 700), Some(0x20), "the world's clock is not as fine");
+        assert_eq!(d.guarded(Guard::default()).idle, 0);
+        assert_eq!(d.tick_was_delivered(at), None, "it is in service");
+        eoi(&mut d);
+        assert_eq!(d.tick_was_delivered(at + 10_000_000), None, "no count was written");
+        d.port_out(0x21, 1, 1, at);
+        let at = due(&mut d, at + 20_000_000);
+        assert_eq!(d.tick_was_delivered(at), None, "masked");
     }
 
     #[test]

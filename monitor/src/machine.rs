@@ -51,6 +51,8 @@ pub struct Machine {
     pub paging_changes: Vec<PagingChange>,
     /// The timer is spent, and this is when the EMT will look at the devices.
     pub look: Option<Look>,
+    /// Vectors of the ticks worlds have delivered since EM last looked.
+    pub ticks: Vec<u8>,
     /// See [`Env::one_iteration`].
     pub one_iteration: bool,
     /// A device was accessed: deadlines and interrupt lines may have changed.
@@ -75,6 +77,7 @@ impl Machine {
             tlb_cr3: 0,
             paging_changes: Vec::new(),
             look: None,
+            ticks: Vec::new(),
             one_iteration: false,
             devices_touched: true,
         }

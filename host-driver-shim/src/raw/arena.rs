@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::fill::FillArea;
 use super::rc_cpuid::CpuidTable;
+use super::rc_doze::DozeArea;
 use super::rc_port::PortArea;
 use super::rc_quick::QUICK;
 use crate::shared::{SharedMap, copy};
@@ -157,6 +158,7 @@ pub(crate) struct Arena {
     pub(crate) delivery: DeliveryRules,
     pub(crate) quick: [Quick; QUICK],
     pub(crate) ports: PortArea,
+    pub(crate) doze: DozeArea,
     pub(crate) cpuid: CpuidTable,
     pub(crate) fill: FillArea,
     /// While a fault answered in the world is returned from: the `ucontext_t` of its signal frame.

@@ -13,7 +13,7 @@ use super::arena::{
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
 use super::rc::{arena, death, die};
-use super::signal::KICK_SIGNAL;
+use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
 use crate::ram::watched_size;
 
 /// The variable that makes a process a world. Its value is [`WORLD_VALUE`].
@@ -25,6 +25,8 @@ const EIGHT_GIB: u64 = 8 << 30;
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
 const PR_SYS_DISPATCH_ON: u64 = 1;
+/// How late a sleep may end, ns: by default it is 50 us, which would be a guest's tick's.
+const TIMER_SLACK: u64 = 1000;
 const ARCH_CPUID_SET: u64 = 0x1012;
 
 /// Runs before `main` of every program that links this crate.
@@ -125,6 +127,7 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     unsafe {
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)?;
         check(libc::prctl(libc::PR_SET_DUMPABLE, 0) == 0)?;
+        check(libc::prctl(libc::PR_SET_TIMERSLACK, TIMER_SLACK) == 0)?;
     }
     *step = 10;
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -181,8 +184,16 @@ fn low_half_is_empty() -> Result<(), Refused> {
 }
 
 fn install_handlers() -> Result<(), Refused> {
-    let signals =
-        [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS, KICK_SIGNAL];
+    let signals = [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+        KICK_SIGNAL,
+        GUARD_SIGNAL,
+    ];
     // SAFETY: all-zero is a valid sigaction and an empty mask; the handler is a valid signal handler for this process.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();

@@ -1,6 +1,6 @@
 //! What a world may ask of the host kernel: next to nothing.
 //!
-//! The filter allows the six calls the runtime needs; the mapping calls only below 4 GiB of address and length, so not
+//! The filter allows the eight calls the runtime needs; the mapping calls only below 4 GiB of address and length, so not
 //! even a guest in 64-bit mode can change the runtime's own mappings (all of it lies above 8 GiB), and only for the
 //! world's own descriptors. Everything else kills the process.
 
@@ -47,6 +47,10 @@ fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
         (libc::SYS_mmap, vec![SeccompRule::new(map)?]),
         (libc::SYS_munmap, vec![SeccompRule::new(low()?)?]),
         (libc::SYS_mprotect, vec![SeccompRule::new(low()?)?]),
+        (
+            libc::SYS_setitimer,
+            vec![SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, libc::ITIMER_REAL as u64)?])?],
+        ),
         (libc::SYS_modify_ldt, vec![SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, 0x11)?])?]),
     ]);
     SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?

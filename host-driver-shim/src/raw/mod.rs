@@ -17,6 +17,7 @@ mod jail;
 mod rc;
 mod rc_cpuid;
 pub mod rc_deliver;
+mod rc_doze;
 mod rc_fill;
 mod rc_port;
 mod rc_quick;
@@ -32,8 +33,8 @@ use std::time::{Duration, Instant};
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
 use crate::world::{
-    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, PORT_ROWS, PortRow,
-    PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin, initial_fx,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, Guard, HostSegment, HwRegs, Kicker, PORT_ROWS,
+    PortRow, PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin, initial_fx,
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
@@ -514,6 +515,18 @@ impl World for RawWorld {
 
     fn set_delivery_rules(&mut self, rules: &DeliveryRules) {
         self.process.arena.set_delivery_rules(rules);
+    }
+
+    fn set_tick_rules(&mut self, rules: &DeliveryRules) {
+        self.process.arena.set_tick_rules(rules);
+    }
+
+    fn can_guard(&self) -> bool {
+        true
+    }
+
+    fn set_guard(&mut self, guard: &Guard) {
+        self.process.arena.set_guard(guard);
     }
 
     fn faults_delivered(&self) -> u32 {

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
 use super::entry::subring_rc_resume;
 use super::fill::NO_FAULT;
-use super::rc_quick;
+use super::{rc_doze, rc_quick};
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -86,6 +86,8 @@ pub(crate) unsafe extern "C" fn serve() -> ! {
         }
         // SAFETY: as above.
         unsafe { (*a).fill.last.store(NO_FAULT, Relaxed) };
+        // SAFETY: as above, and the world has the turn.
+        unsafe { rc_doze::enter(a) };
         // SAFETY: we are in a world on the runtime's stack; the state comes from the monitor and a fault while
         // loading it is handled (signal.rs).
         unsafe { subring_rc_resume() };

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::arena::{Arena, vcpu_word};
 use super::rc_fill::Ram;
 use super::rc_walk::{Tables, walk};
-use crate::world::{FillRules, Table};
+use crate::world::{DeliveryRules, FillRules, Table};
 
 /// vCPU page: the same as patm's `vcpu_page` of these names.
 pub const CPL: u32 = 0x300;
@@ -81,10 +81,63 @@ impl Guest<'_> {
         let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
         has_cs_prefix(|i| byte(eip.wrapping_add(i)))
     }
+    /// Writes a frame whose last word is at `esp`; false: nothing is written.
+    fn push(&self, esp: u32, frame: &[u32]) -> bool {
+        let mut places = [0u64; 6];
+        for (i, place) in places.iter_mut().enumerate().take(frame.len()) {
+            match self.at(esp.wrapping_add(4 * i as u32), true) {
+                Some(at) => *place = at,
+                None => return false,
+            }
+        }
+        for (at, value) in places.iter().zip(frame) {
+            if let Some(w) = self.ram.word(*at) {
+                w.store(*value, Relaxed);
+            }
+        }
+        true
+    }
     /// The guest's table entry still is what the monitor saw.
     fn holds(&self, t: &Table) -> bool {
         self.read(t.at) == Some(t.low) && self.read(t.at.wrapping_add(4)) == Some(t.high)
     }
+}
+
+/// Delivers an external interrupt to ring 0, which is to go on at guest linear `eip` behind it, by rules like those for
+/// page faults. False: the monitor is to do it, and nothing has changed (but A and D bits, as in [`deliver`]).
+///
+/// # Safety
+/// As [`deliver`], with the registers the gate saved.
+pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, eip: u32) -> bool {
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn.
+    let (fill, pages) =
+        unsafe { ((&raw const (*a).fill.rules).read_volatile(), (*a).fill.ram_pages.load(Relaxed)) };
+    // SAFETY: by contract: while the world has the turn only we touch its registers.
+    let mut regs = unsafe { (&raw const (*a).regs).read_volatile() };
+    // SAFETY: by contract.
+    let word = |offset: u32| unsafe { vcpu_word(a, offset) };
+    let ram = Ram { pages };
+    let guest = Guest { ram: &ram, rules: &fill };
+    let (hidden, flag) = (word(HIDDEN_FLAGS).load(Relaxed), word(IF_FLAG).load(Relaxed));
+    let known = rules.ready != 0 && guest.holds(&rules.gate) && guest.holds(&rules.cs_descriptor);
+    if !known || word(CPL).load(Relaxed) != 0 || hidden & NT != 0 || flag & IF == 0 {
+        return false;
+    }
+    let visible = regs.eflags & NATIVE | FIXED;
+    let cs = word(SELECTORS + 4 * CS as u32);
+    let esp = regs.gpr[ESP].wrapping_sub(12);
+    if !guest.push(esp, &[eip, cs.load(Relaxed), visible | hidden | IF]) {
+        return false;
+    }
+    cs.store(rules.cs, Relaxed);
+    word(IF_FLAG).store(flag & rules.if_mask, Relaxed);
+    regs.sel[CS] = rules.cs_host as u16;
+    regs.gpr[ESP] = esp;
+    regs.eip = rules.target;
+    regs.eflags = visible | HOST_IF;
+    // SAFETY: as above.
+    unsafe { (&raw mut (*a).regs).write_volatile(regs) };
+    true
 }
 
 /// Delivers a page fault at guest linear `lin` to the guest, whose registers are in the arena. False: the monitor is to
@@ -151,17 +204,8 @@ pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bo
         esp = regs.gpr[ESP].wrapping_sub(16);
     }
     let words = if from3 { 6 } else { 4 };
-    let mut places = [0u64; 6];
-    for (i, place) in places.iter_mut().enumerate().take(words) {
-        match guest.at(esp.wrapping_add(4 * i as u32), true) {
-            Some(at) => *place = at,
-            None => return false,
-        }
-    }
-    for (at, value) in places.iter().zip(frame).take(words) {
-        if let Some(w) = ram.word(*at) {
-            w.store(value, Relaxed);
-        }
+    if !guest.push(esp, frame.get(..words).unwrap_or(&[])) {
+        return false;
     }
     if from3 {
         word(nth(SELECTORS, SS)).store(rules.ss, Relaxed);

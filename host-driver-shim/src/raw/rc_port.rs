@@ -5,10 +5,11 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use super::arena::{Arena, ArenaMap};
-use crate::world::{PORT_ROWS, PortRow, PortWrite};
+use super::rc_doze;
+use crate::world::{PORT_ROWS, PortRow, PortWrite, TICK};
 
 /// How many writes may wait for the monitor.
-pub(crate) const POSTED: usize = 64;
+pub(crate) const POSTED: usize = 1024;
 
 /// [`PortRow::value`]: a first byte is in the bits below.
 const FIRST: u32 = 0x100;
@@ -51,13 +52,15 @@ pub(crate) unsafe fn write(a: *mut Arena, port: u16, value: u8) -> bool {
     };
     let pending = row.value;
     let now = crate::tsc::read();
+    let mut ends = 0;
     if row.unit != 0 {
         row.value = u32::from(value) | FIRST;
         if pending & FIRST != 0 {
             row.value = 0;
             let number = u32::from(value) << 8 | pending & 0xff;
             let time = u64::from(row.unit) * u64::from(if number == 0 { 0x1_0000 } else { number });
-            if now.saturating_add(time) < row.until {
+            ends = now.saturating_add(time);
+            if ends < row.until {
                 return false;
             }
         }
@@ -66,16 +69,70 @@ pub(crate) unsafe fn write(a: *mut Arena, port: u16, value: u8) -> bool {
     }
     // SAFETY: by contract: atomics.
     let (log, posted, done) = unsafe { (&(*a).ports.log, &(*a).ports.posted, &(*a).ports.done) };
-    let n = posted.load(Relaxed);
-    let Some(slot) = log.get(n as usize) else { return false };
-    slot.store(u64::from(port) | u64::from(value) << 16 | now << 24, Relaxed);
-    posted.store(n.wrapping_add(1), Relaxed);
+    if !enter(log, posted, port, value, now) {
+        return false;
+    }
     count(done);
+    // SAFETY: by contract.
+    unsafe { rc_doze::posted(a, port, ends) };
     if row.value != pending {
         // SAFETY: as above.
         unsafe { (&raw mut (*a).ports.rows).write_volatile(rows) };
     }
     true
+}
+
+/// Enters a line in the log; false: it is full.
+fn enter(log: &[AtomicU64; POSTED], posted: &AtomicU32, port: u16, value: u8, tsc: u64) -> bool {
+    let n = posted.load(Relaxed);
+    let Some(slot) = log.get(n as usize) else { return false };
+    slot.store(u64::from(port) | u64::from(value) << 16 | tsc << 24, Relaxed);
+    posted.store(n.wrapping_add(1), Relaxed);
+    true
+}
+
+/// What the port reads as, if its row says that.
+///
+/// # Safety
+/// As [`read`].
+pub(crate) unsafe fn peek(a: *const Arena, port: u32) -> Option<u32> {
+    // SAFETY: by contract; the monitor writes the rows only when it has the turn.
+    let rows = unsafe { (&raw const (*a).ports.rows).read_volatile() };
+    rows.iter().find(|row| row.port == port && row.readable != 0).map(|row| row.value)
+}
+
+/// From now on, counts that end before `until` do not post.
+///
+/// # Safety
+/// As [`read`].
+pub(crate) unsafe fn postpone(a: *mut Arena, until: u64) {
+    // SAFETY: by contract; the monitor writes the rows only when it has the turn.
+    unsafe {
+        let mut rows = (&raw const (*a).ports.rows).read_volatile();
+        for row in rows.iter_mut().filter(|row| row.unit != 0) {
+            row.until = until;
+        }
+        (&raw mut (*a).ports.rows).write_volatile(rows);
+    }
+}
+
+/// Whether so many lines more have room.
+///
+/// # Safety
+/// As [`read`].
+pub(crate) unsafe fn has_room(a: *const Arena, lines: u32) -> bool {
+    // SAFETY: by contract: an atomic.
+    unsafe { (*a).ports.posted.load(Relaxed) }.saturating_add(lines) <= POSTED as u32
+}
+
+/// Notes for the monitor that the timer's interrupt was delivered.
+///
+/// # Safety
+/// As [`read`].
+pub(crate) unsafe fn note_tick(a: *mut Arena, tsc: u64) {
+    // SAFETY: by contract: atomics.
+    let (log, posted) = unsafe { (&(*a).ports.log, &(*a).ports.posted) };
+    enter(log, posted, TICK, 0, tsc);
 }
 
 fn count(word: &AtomicU32) {

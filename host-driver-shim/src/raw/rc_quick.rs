@@ -11,6 +11,7 @@ use super::arena::{Arena, GATE_REASON, exit_kind, vcpu_word};
 use super::fill::{NO_FAULT, is_set, note, put};
 use super::rc::unmap;
 use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
+use super::rc_doze;
 use super::rc_fill::{self, PF_WRITE};
 use super::rc_port;
 use crate::world::{Quick, QuickKind};
@@ -41,6 +42,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
         QuickKind::Refill => unsafe { refill(a, quick) },
         // SAFETY: by contract.
         QuickKind::In | QuickKind::Out => unsafe { port(a, quick) },
+        // SAFETY: by contract.
+        QuickKind::Halt => unsafe { rc_doze::doze(a, quick.resume) },
         // SAFETY: by contract.
         QuickKind::Invlpg => unsafe { flush(a, quick) },
     }

@@ -15,12 +15,16 @@ use super::entry::{
 use super::rc::{arena, death, die};
 use super::rc_cpuid;
 use super::rc_deliver;
+use super::rc_doze;
 use super::rc_fill::{self, Answer};
 use crate::shared::copy;
 use crate::world::FillMode;
 
 /// The signal that interrupts guest code.
 pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
+
+/// The signal of the world's own timer, see [`super::rc_doze`].
+pub(crate) const GUARD_SIGNAL: i32 = libc::SIGALRM;
 
 /// The host's 64-bit user code selector: whatever interrupted code ran with it is not guest code (or has escaped).
 const CS64: u64 = 0x33;
@@ -40,6 +44,12 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     let (gregs, code) = unsafe { (&mut (*uc).uc_mcontext.gregs, (*info).si_code) };
     // SAFETY: as above; in a world the arena is mapped and its words are atomics.
     let arena = arena();
+    let mut signal = signal;
+    if signal == GUARD_SIGNAL {
+        // SAFETY: `arena` is the mapped arena.
+        unsafe { rc_doze::time_is_up(arena) };
+        signal = KICK_SIGNAL;
+    }
     let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
     if csgsfs & 0xffff == CS64 {
         in_runtime(signal, code, gregs, arena);

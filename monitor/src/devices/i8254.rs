@@ -485,6 +485,13 @@ impl Pit {
         (waits && spent && before != 0).then(|| ns_of_tick(2 * last - before))
     }
 
+    /// Time from counter 0's last rise but one to its last, ns.
+    #[must_use]
+    pub fn period(&self) -> u64 {
+        let [last, before] = self.rises;
+        ns_of_tick(last - before)
+    }
+
     /// Guest time (ns) of counter 0's next rise that has not been reported.
     #[must_use]
     pub fn next_deadline(&self, now: u64) -> Option<u64> {

@@ -152,6 +152,10 @@ pub trait Engine {
     fn take_injected(&mut self) -> Option<u8> {
         None
     }
+    /// It can watch the time by itself and deliver ticks to a guest that sleeps: see [`crate::iom::Look::guard`].
+    fn can_guard(&self) -> bool {
+        false
+    }
     /// What it has counted, for reports.
     fn gauges(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -289,6 +293,12 @@ impl Engines {
             Next::Native(number) | Next::Instead(number, _) => self.list[number].injects(),
             Next::Interp(_) => false,
         }
+    }
+
+    /// The preferred engine can watch the time by itself, and remains preferred.
+    #[must_use]
+    pub fn can_guard(&self) -> bool {
+        self.shuffle.is_none() && self.list.get(self.preferred).is_some_and(|e| e.can_guard())
     }
 
     /// What the engines have counted, for reports.

@@ -29,6 +29,7 @@ use attention::{Attention, Request};
 use csam::GuestLin;
 use engine::{EngineError, EngineKind, Engines, MAX_NOTES, Next};
 use host_driver_shim::tsc::read as host_tsc;
+use host_driver_shim::world::Guard;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use lockstep::{Difference, Lockstep};
 use patm::vcpu_page as vp;
@@ -116,6 +117,8 @@ pub struct Em {
     attention: Arc<Attention>,
     ticker: Ticker,
     deadline: Option<u64>,
+    /// The guest has slept lately: if it goes on like that, worlds deliver ticks by themselves.
+    dozes: bool,
     trace: Trace,
     ring: Vec<(ExitRecord, u64)>,
     exits: u64,
@@ -160,6 +163,7 @@ impl Em {
             attention,
             ticker,
             deadline: None,
+            dozes: false,
             trace,
             ring: Vec::with_capacity(RING),
             exits: 0,
@@ -220,7 +224,8 @@ impl Em {
                 self.m.devices_touched = true;
                 continue;
             }
-            if self.m.devices_touched {
+            let guard = self.m.look.and_then(|look| look.guard);
+            if self.m.devices_touched || guard.is_some_and(|guard| guard.at <= host_tsc()) {
                 self.serve_devices();
                 if self.stop.is_some() {
                     continue;
@@ -297,8 +302,10 @@ impl Em {
         self.m.look = None;
         if !self.cpu.halted {
             let tick = self.m.devices.pit.rhythm().filter(|tick| *tick > now + LOOK_WORTH);
-            self.m.look = tick.and_then(|tick| self.look_at(tick - TICK_DELAY - now));
-            let look = self.m.look.and(tick).map(|tick| tick + LOOK_AFTER_TICK);
+            self.m.look = tick.and_then(|tick| self.look_at(tick, now));
+            // A world with a guard looks by itself.
+            let looks = self.m.look.is_some_and(|look| look.guard.is_none());
+            let look = tick.filter(|_| looks).map(|tick| tick + LOOK_AFTER_TICK);
             let lockstep = self.lockstep.as_ref().map(|_| now + LOCKSTEP_INTERVAL);
             let wanted = [self.deadline, self.engines.next_shuffle(), look, lockstep];
             self.ticker.arm(wanted.into_iter().flatten().min(), now);
@@ -314,12 +321,22 @@ impl Em {
         }
     }
 
-    /// So many ns from now.
-    fn look_at(&self, ns: u64) -> Option<Look> {
+    /// The look that comes with the tick expected at `tick`, guest time in ns as `now` is.
+    fn look_at(&self, tick: u64, now: u64) -> Option<Look> {
         let second = self.m.clock.counts_of_ns(1_000_000_000);
         let counts_per_clk = u32::try_from(second / CLK_HZ).ok().filter(|counts| *counts != 0)?;
-        let counts = u128::from(second) * u128::from(ns) / 1_000_000_000;
-        Some(Look { tsc: host_tsc().saturating_add(u64::try_from(counts).ok()?), counts_per_clk })
+        let counts = |ns: u64| (u128::from(second) * u128::from(ns) / 1_000_000_000) as u64;
+        let tsc = host_tsc();
+        let guarded = self.dozes && self.lockstep.is_none() && self.engines.can_guard();
+        let guard = guarded.then(|| Guard {
+            at: tsc.saturating_add(counts(tick - now + LOOK_AFTER_TICK)),
+            period: counts(self.m.devices.pit.period()),
+            before: counts(TICK_DELAY),
+            after: counts(LOOK_AFTER_TICK),
+            scale: self.m.clock.ns_of_counts(1 << 24) as u32,
+            ..Guard::default()
+        });
+        Some(Look { tsc: tsc.saturating_add(counts(tick - TICK_DELAY - now)), counts_per_clk, guard })
     }
 
     fn sleep(&mut self) {
@@ -328,6 +345,7 @@ impl Em {
             return;
         }
         self.close_record(host_tsc());
+        self.dozes = true;
         let now = self.m.clock.now();
         // This sleep has its own limit; the timer's thread would only be a second one to be woken.
         self.ticker.arm(None, now);
@@ -420,6 +438,12 @@ impl Em {
                     }
                 }
                 if let Next::Instead(_, reason) = next {
+                    if self.m.look.is_some_and(|look| look.guard.is_some()) {
+                        // This one cannot.
+                        self.dozes = false;
+                        self.m.devices_touched = true;
+                        return;
+                    }
                     let kind = self.engines.kind(number);
                     *self.refusals.entry((kind, reason.name())).or_default() += 1;
                 }
@@ -611,6 +635,14 @@ impl Em {
         if let Some(vector) = injected {
             self.note_delivery(Event::External { vector });
         }
+        let ticks = std::mem::take(&mut self.m.ticks);
+        if ticks.is_empty() && self.m.look.and_then(|look| look.guard).is_some_and(|guard| guard.at <= left) {
+            // The guest did not sleep until its tick.
+            self.dozes = false;
+        }
+        for vector in ticks {
+            self.note_delivery(Event::External { vector });
+        }
         self.close_record(entered);
         if self.lockstep.is_some()
             && let Err(e) = self.engines.settle(&mut self.cpu, &mut self.m)
@@ -757,6 +789,7 @@ impl Em {
             self.account.set_inline("page fault to the guest, in the world", raw.delivered_in_worlds());
             self.account.set_inline("invlpg, in the world", raw.flushed_in_worlds());
             self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
+            self.account.set_inline("hlt and the tick that ends it, in the world", raw.ticks_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
                 let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();

@@ -8,7 +8,7 @@ use crate::devices::i8254::COUNTER_0;
 use crate::iom::Look;
 use crate::pgm::shadow::Entry;
 use host_driver_shim::raw::rc_walk::right;
-use host_driver_shim::world::{Fill, FillMode, FillRules, NO_BASE, POSTED_TSC, QuickKind};
+use host_driver_shim::world::{Fill, FillMode, FillRules, NO_BASE, POSTED_TSC, QuickKind, TICK};
 use iced_x86::Register;
 
 /// The longest run a world can have mapped: a large page's worth.
@@ -104,10 +104,27 @@ impl Space {
         }
     }
 
+    /// Tells the world whether it is to watch the time in the run to come.
+    pub fn allow_guard(&mut self, m: &Machine) {
+        let guard = m.look.and_then(|look| look.guard);
+        if guard.is_some() || self.guards {
+            self.world.set_guard(&guard.map(|guard| m.devices.guarded(guard)).unwrap_or_default());
+            self.guards = guard.is_some();
+        }
+    }
+
     /// Gives the devices what the world says was written to ports in the run that just ended; it began at `entered` (TSC).
     pub fn take_posted(&mut self, m: &mut Machine, entered: u64) {
-        let ports = &mut self.ports;
+        let (ports, guards) = (&mut self.ports, self.guards);
         self.world.take_posted(&mut |write| {
+            let tsc = host_tsc();
+            let age = (tsc.wrapping_sub(write.tsc) & POSTED_TSC).min(tsc.saturating_sub(entered));
+            let then = m.clock.now().saturating_sub(m.clock.ns_of_counts(age));
+            if write.port == TICK {
+                m.ticks.extend(m.devices.tick_was_delivered(then).filter(|_| guards));
+                m.devices_touched = true;
+                return;
+            }
             let row = ports.iter_mut().find(|row| row.port == u32::from(write.port) && row.posts != 0);
             let Some(row) = row.filter(|row| u32::from(write.value) & row.mask == row.pattern) else {
                 return;
@@ -115,9 +132,6 @@ impl Space {
             if row.readable != 0 {
                 row.value = u32::from(write.value);
             }
-            let tsc = host_tsc();
-            let age = (tsc.wrapping_sub(write.tsc) & POSTED_TSC).min(tsc.saturating_sub(entered));
-            let then = m.clock.now().saturating_sub(m.clock.ns_of_counts(age));
             m.devices.port_out(write.port, 1, u32::from(write.value), then);
             m.devices_touched |= write.port == COUNTER_0;
         });
@@ -213,10 +227,18 @@ impl RawEngine {
             return;
         }
         let port = if base == NO_BASE { displacement as u16 } else { cpu.gpr[EDX as usize] as u16 };
-        let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1 }));
+        let rows = m.devices.quiet_ports(Some(Look { tsc: 0, counts_per_clk: 1, guard: None }));
         if rows.iter().any(|row| row.posts != 0 && row.port == u32::from(port)) {
             let resume = self.resume_behind(cpu, i);
             self.enter_quick(Quick { reason, kind, base, displacement, resume, ..Quick::default() });
+        }
+    }
+
+    /// The instruction at EIP has left by the gate: if it is a `hlt`, worlds may sleep there from now on.
+    pub(super) fn learn_halt(&mut self, cpu: &CpuState, m: &Machine, reason: u32, i: &Instruction) {
+        if i.code() == Code::Hlt && !m.tape.is_recording() {
+            let resume = cpu.eip.wrapping_add(i.len() as u32);
+            self.enter_quick(Quick { reason, kind: QuickKind::Halt, resume, ..Quick::default() });
         }
     }
 

@@ -299,6 +299,8 @@ pub struct RawEngine {
     last: ExitRecord,
     /// TSC when the last run entered the world and when it left.
     last_run: (u64, u64),
+    /// Ticks worlds have delivered by themselves.
+    ticks: u64,
     /// How often reservations moved.
     pub moves: u64,
 }
@@ -360,6 +362,7 @@ impl RawEngine {
                 raw: WorldExit::Kick.into(),
             },
             last_run: (0, 0),
+            ticks: 0,
             moves: 0,
         };
         engine.furnish(0)?;
@@ -426,6 +429,12 @@ impl RawEngine {
     #[must_use]
     pub fn flushed_in_worlds(&self) -> u64 {
         self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
+    }
+
+    /// Ticks worlds have delivered to a guest that slept, by themselves.
+    #[must_use]
+    pub fn ticks_in_worlds(&self) -> u64 {
+        self.ticks
     }
 
     /// Port accesses worlds have answered by themselves behind the gate.
@@ -552,10 +561,12 @@ impl RawEngine {
         space.tell_cpuid(m);
         space.allow_fills(cpu, &layout, user_cs, self.boundary);
         space.allow_ports(m);
+        space.allow_guard(m);
         let entered = host_tsc();
         let exit = space.run(&mut regs);
         let left = host_tsc();
         space.take_posted(m, entered);
+        self.ticks += m.ticks.len() as u64;
         m.ran_natively();
         let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
@@ -685,12 +696,16 @@ impl Engine for RawEngine {
         {
             self.learn_invlpg(cpu, reason, instruction);
             self.learn_port(cpu, m, reason, instruction);
+            self.learn_halt(cpu, m, reason, instruction);
         }
     }
     fn has_interpreted(&mut self, cpu: &CpuState, m: &mut Machine, instruction: &Instruction) {
         if let Some(which) = loaded_segment(instruction) {
             self.cache_segment(cpu, m, which);
         }
+    }
+    fn can_guard(&self) -> bool {
+        self.kernels.first().is_some_and(|space| space.world.can_guard())
     }
     fn as_raw(&self) -> Option<&RawEngine> {
         Some(self)

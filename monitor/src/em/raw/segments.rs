@@ -82,6 +82,8 @@ pub struct Published {
     boundary: Option<u32>,
     tainted: bool,
     generation: u32,
+    /// Vector of the timer's interrupt.
+    tick: u8,
 }
 
 /// The eight bytes of a descriptor table entry that trampolines compare.
@@ -209,6 +211,7 @@ impl RawEngine {
             boundary: self.boundary.filter(|_| joint),
             tainted: self.kernels[number].tainted,
             generation: self.descriptors.generation,
+            tick: m.devices.pic.master.vector_base(),
         };
         if self.kernels[number].published == Some(grounds) {
             return Ok(());
@@ -226,6 +229,7 @@ impl RawEngine {
             .as_ref()
             .and_then(|_| Some((vector?, self.gate(cpu, m, vector?).filter(|gate| gate.dpl == 3)?)));
         let page_fault = kernel.as_ref().and_then(|_| self.gate(cpu, m, PAGE_FAULT));
+        let tick = kernel.as_ref().and_then(|_| self.gate(cpu, m, grounds.tick));
         let mut host = Vec::new();
         if let Some(u) = &user {
             host.extend([u.cs_host, u.ss_host]);
@@ -291,29 +295,34 @@ impl RawEngine {
             ]);
         }
         let table = |e: &Expected| Table { at: e.at, low: e.low, high: e.high };
-        let mut delivery = DeliveryRules::default();
-        if let (Some(gate), Some(cs)) = (&page_fault, &kernel) {
-            delivery = DeliveryRules {
+        let cs_host = u32::from(self.descriptors.code_ring0());
+        let to_ring0 = |gate: &Option<Gate>| match (gate, &kernel) {
+            (Some(gate), Some(cs)) => DeliveryRules {
                 ready: 1,
                 gate: table(&gate.entry),
                 target: gate.target,
                 if_mask: gate.if_mask,
                 cs: u32::from(kernel_cs.selector),
                 cs_descriptor: table(cs),
-                cs_host: u32::from(self.descriptors.code_ring0()),
+                cs_host,
+                ..DeliveryRules::default()
+            },
+            _ => DeliveryRules::default(),
+        };
+        w.set_tick_rules(&to_ring0(&tick));
+        let mut delivery = to_ring0(&page_fault);
+        if delivery.ready != 0
+            && let (Some(stack), Some(user)) = (&stack, &user)
+        {
+            delivery = DeliveryRules {
+                from_ring3: 1,
+                tss_esp0: cpu.tr.base.wrapping_add(4),
+                ss: u32::from(stack.segment.selector),
+                ss_descriptor: table(&stack.descriptor),
+                ss_host: u32::from(stack.host),
+                user_ss_host: u32::from(user.ss_host),
                 ..delivery
             };
-            if let (Some(stack), Some(user)) = (&stack, &user) {
-                delivery = DeliveryRules {
-                    from_ring3: 1,
-                    tss_esp0: cpu.tr.base.wrapping_add(4),
-                    ss: u32::from(stack.segment.selector),
-                    ss_descriptor: table(&stack.descriptor),
-                    ss_host: u32::from(stack.host),
-                    user_ss_host: u32::from(user.ss_host),
-                    ..delivery
-                };
-            }
         }
         w.set_delivery_rules(&delivery);
         self.kernels[number].published = Some(grounds);

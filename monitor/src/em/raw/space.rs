@@ -235,6 +235,8 @@ pub struct Space {
     pub cache: SegmentCache,
     /// The ports it may answer, as it has them.
     pub ports: [PortRow; PORT_ROWS],
+    /// It watches the time.
+    pub guards: bool,
     /// The version of the table of quick sites it has.
     pub quick_version: u64,
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
@@ -263,6 +265,7 @@ impl Space {
             published: None,
             cache: SegmentCache::default(),
             ports: Default::default(),
+            guards: false,
             quick_version: 0,
             installed: Vec::new(),
             installed_generation: 0,
