@@ -4,7 +4,8 @@
 //! So EM may go from one to another at any instruction boundary:
 //!
 //! 1. [`Engines::choose`] names who executes next: the preferred engine, where that refuses for long another, else the
-//!    interpreter. With `--engine-shuffle` the preferred one changes every so often.
+//!    interpreter. With `--engine-shuffle` the preferred one changes every so often. An engine may wait in reserve
+//!    ([`Reserve`]) until the preferred one has refused for so long that a hand-over is worth it.
 //! 2. The interpreter may run between two runs of an engine at any time: it notes writes to code and flushes in the
 //!    machine, where the engine finds them.
 //! 3. Another engine notes nothing. [`Engines::enter`] takes the FPU state from the one that ran last and tells the next
@@ -193,6 +194,13 @@ impl Shuffle {
     }
 }
 
+/// Makes an engine when it is first needed, or says why there is none.
+pub type Reserve = Box<dyn FnOnce() -> Result<Box<dyn Engine>, String>>;
+
+/// How many instructions the interpreter does in a state the preferred engine refuses, before the engine in reserve is
+/// taken: about what going there and back costs (each drops all it has mapped).
+const PATIENCE: u64 = 2000;
+
 /// Who executes next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Next {
@@ -211,6 +219,12 @@ pub struct Engines {
     /// Who is preferred now; one more than the list has: the interpreter.
     preferred: usize,
     shuffle: Option<Shuffle>,
+    /// What nobody has needed yet.
+    reserve: Option<Reserve>,
+    /// Instructions to interpret in a state that is refused, before another engine is taken.
+    patience: u64,
+    /// How many have been, since the preferred engine ran.
+    waited: u64,
     /// Who ran last.
     last: Option<usize>,
     /// How often another engine took over, the interpreter not counted.
@@ -223,7 +237,40 @@ impl Engines {
     /// Engines in order of preference; the interpreter is always there. With no engine everything is interpreted.
     #[must_use]
     pub fn new(list: Vec<Box<dyn Engine>>, shuffle: Option<Shuffle>) -> Engines {
-        Engines { list, preferred: 0, shuffle, last: None, handovers: 0, shuffles: 0 }
+        Engines {
+            list,
+            preferred: 0,
+            shuffle,
+            reserve: None,
+            patience: 0,
+            waited: 0,
+            last: None,
+            handovers: 0,
+            shuffles: 0,
+        }
+    }
+
+    /// Another engine, to be made when the preferred one refuses for so long that it is worth a hand-over.
+    #[must_use]
+    pub fn with_reserve(self, reserve: Reserve) -> Engines {
+        Engines { reserve: Some(reserve), patience: PATIENCE, ..self }
+    }
+
+    /// So many instructions have been interpreted, because the preferred engine has this against running them. Makes the
+    /// engine in reserve if it is time for it.
+    pub fn has_waited(&mut self, reason: RawRefusal, instructions: u64) {
+        if !reason.lasts() {
+            return;
+        }
+        self.waited = self.waited.saturating_add(instructions);
+        if self.waited < self.patience {
+            return;
+        }
+        match self.reserve.take().map(|make| make()) {
+            Some(Ok(engine)) => self.list.push(engine),
+            Some(Err(why)) => log::info!("{} is interpreted: {why}", reason.name()),
+            None => {}
+        }
     }
 
     /// Nothing but the interpreter.
@@ -277,7 +324,7 @@ impl Engines {
     pub fn choose(&self, cpu: &CpuState) -> Next {
         let Some(preferred) = self.list.get(self.preferred) else { return Next::Interp(None) };
         let Some(reason) = preferred.refusal(cpu) else { return Next::Native(self.preferred) };
-        if reason.lasts() {
+        if reason.lasts() && self.waited >= self.patience {
             let able = |i: &usize| *i != self.preferred && self.list[*i].refusal(cpu).is_none();
             if let Some(other) = (0..self.list.len()).find(able) {
                 return Next::Instead(other, reason);
@@ -313,6 +360,9 @@ impl Engines {
         cpu: &mut CpuState,
         m: &mut Machine,
     ) -> Result<&mut dyn Engine, EngineError> {
+        if number == self.preferred {
+            self.waited = 0;
+        }
         if self.last != Some(number) {
             if self.last.is_some() {
                 self.settle(cpu, m)?;
@@ -445,6 +495,34 @@ mod tests {
         // One instruction is sooner interpreted than handed over.
         assert_eq!(choose(Some(RawRefusal::Shadow), None), Next::Interp(Some(RawRefusal::Shadow)));
         assert_eq!(Engines::new(Vec::new(), None).choose(&cpu), Next::Interp(None));
+    }
+
+    #[test]
+    fn an_engine_in_reserve_is_made_when_a_refusal_has_lasted() {
+        let cpu = CpuState::reset();
+        let log = Rc::<RefCell<Vec<String>>>::default();
+        let fake = |kind, against| Box::new(Fake { kind, against, log: log.clone() }) as Box<dyn Engine>;
+        let v86 = RawRefusal::V86;
+        let new = |reserve| Engines::new(vec![fake(EngineKind::Raw, Some(v86))], None).with_reserve(reserve);
+        let kvm = fake(EngineKind::Kvm, None);
+        let mut engines = new(Box::new(|| Ok(kvm)));
+        assert_eq!(engines.choose(&cpu), Next::Interp(Some(v86)));
+        engines.has_waited(RawRefusal::Shadow, 10 * PATIENCE);
+        engines.has_waited(v86, PATIENCE - 1);
+        assert_eq!((engines.kinds().count(), engines.choose(&cpu)), (2, Next::Interp(Some(v86))));
+        engines.has_waited(v86, 1);
+        assert_eq!(engines.choose(&cpu), Next::Instead(1, v86));
+        // It stays until the preferred one has run; then the interpreter is tried first again.
+        let mut m = machine(1);
+        for (number, next) in [(1, Next::Instead(1, v86)), (0, Next::Interp(Some(v86)))] {
+            engines.enter(number, &mut CpuState::reset(), &mut m).unwrap();
+            assert_eq!(engines.choose(&cpu), next);
+        }
+        // Where it cannot be made, that is asked once.
+        let mut without = new(Box::new(|| Err("no hardware".into())));
+        without.has_waited(v86, PATIENCE);
+        without.has_waited(v86, PATIENCE);
+        assert_eq!(without.choose(&cpu), Next::Interp(Some(v86)));
     }
 
     #[test]

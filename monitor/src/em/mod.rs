@@ -577,6 +577,7 @@ impl Em {
         self.interpreted += u64::from(n);
         if let Some(reason) = reason {
             *self.refusals.entry((EngineKind::Interp, reason.name())).or_default() += u64::from(n);
+            self.engines.has_waited(reason, n.into());
         }
     }
 
