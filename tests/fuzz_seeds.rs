@@ -45,3 +45,12 @@ fn inputs_that_were_kept_find_nothing() {
     }
     assert!(failed.is_empty(), "these find something: {failed:?}");
 }
+
+/// `SUBRING_INPUT=TARGET:FILE` shows what the target finds in the file.
+#[test]
+#[ignore = "to look at failures"]
+fn one_input() {
+    let Ok(text) = std::env::var("SUBRING_INPUT") else { return };
+    let (target, file) = text.split_once(':').expect("TARGET:FILE");
+    run(target, &std::fs::read(file).unwrap()).unwrap();
+}

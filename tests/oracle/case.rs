@@ -240,13 +240,12 @@ pub fn run(rig: &mut Rig, case: &Case, meddler: &mut dyn Meddler, tally: &mut Ta
     let mut result = follow(
         Native { raw: &mut raw, cpu: &mut cpu, m: native, base },
         &trace,
-        LIMITS,
         &mut choices,
         meddler,
         tally,
     );
     if result.is_ok() && trace.end != super::End::Budget {
-        result = compare_memory(&rig.native, &rig.interpreter);
+        result = compare_memory(&rig.native, &rig.interpreter, &cpu, trace.end);
     }
     if let Err(why) = &mut result {
         if two_streams(&raw, &trace) {

@@ -95,8 +95,8 @@ pub struct Passed {
     /// One of the two instructions before it is an `sti`. When IF was set before, or when the instruction behind it is
     /// displaced into its trampoline, raw mode may let the interrupt wait for one instruction more.
     behind_sti: bool,
-    /// What memory held then, if that is kept.
-    memory: u64,
+    /// A digest of what memory held then, if that is kept.
+    memory: Option<u64>,
     instruction: Instruction,
 }
 
@@ -106,10 +106,44 @@ pub struct Trace {
     pub passed: Vec<Passed>,
     /// How it ended.
     pub end: End,
+    /// Raw mode that gets here has been compared far enough. Behind it are the states of a run that was cut off in which
+    /// raw mode may stop nevertheless: it hears of a boundary only now and then.
+    enough: usize,
     last: State,
 }
 
+/// Where raw mode is.
+enum Found {
+    /// In the state of this number; whether none behind it is the same.
+    At { place: usize, unique: bool },
+    /// In no state of the trace.
+    Nowhere,
+    /// In this one or others that are the same, but with other memory.
+    OtherMemory(usize),
+}
+
+/// Stops in one state of a loop that changes nothing after which it is clear that it has no end.
+const LAPS: u32 = 64;
+
 impl Trace {
+    /// Looks for a state from `at` on. Memory, where it was kept, tells states apart that are the same.
+    fn find(&self, at: usize, state: &State, memory: impl Fn() -> u64) -> Found {
+        let mut same = (at..self.passed.len()).filter(|&n| self.passed[n].state == *state).peekable();
+        let Some(&first) = same.peek() else { return Found::Nowhere };
+        let sum = self.passed[first].memory.map(|_| memory());
+        // Two stores in a trampoline; one that was rolled back has done the first.
+        let halves = matches!(self.passed[first].instruction.mnemonic(), Mnemonic::Sgdt | Mnemonic::Sidt);
+        match same.find(|&n| halves || self.passed[n].memory.is_none_or(|kept| sum == Some(kept))) {
+            Some(place) => Found::At { place, unique: same.next().is_none() },
+            None => Found::OtherMemory(first),
+        }
+    }
+    /// The run comes to this state again, with the same memory: it will for ever.
+    fn repeats(&self, at: usize) -> bool {
+        let now = &self.passed[at];
+        now.memory.is_some()
+            && self.passed[at + 1..].iter().any(|p| p.state == now.state && p.memory == now.memory)
+    }
     /// The instructions around state `n`.
     fn place(&self, n: usize) -> String {
         let from = n.saturating_sub(6);
@@ -143,7 +177,8 @@ pub enum Useless {
 pub struct Limits {
     /// Instructions.
     pub budget: usize,
-    /// A run that is longer is compared as far as it went.
+    /// A run that is longer is compared as far as that. It is interpreted on for as long as raw mode may run without a stop,
+    /// and compared to its end if it ends there.
     pub may_be_longer: bool,
     /// Memory is compared at every boundary at which raw mode stops, and not only in the end.
     pub memory: bool,
@@ -158,13 +193,19 @@ fn digest(m: &Machine, cpu: &CpuState) -> u64 {
     if lo < hi {
         bytes[lo - COMPARED.start..hi - COMPARED.start].fill(0);
     }
-    let mut sum = 0u64;
-    for c in bytes.chunks_exact(8) {
-        let v = u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
-        sum = (sum ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    // Four sums side by side: a multiplication takes long and need not wait for the one before.
+    let mut sums = [1u64, 2, 3, 4];
+    for chunk in bytes.chunks_exact(32) {
+        for (sum, c) in sums.iter_mut().zip(chunk.chunks_exact(8)) {
+            let v = u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
+            *sum = (*sum ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+        }
     }
-    sum
+    sums.iter().fold(0, |all, sum| (all ^ sum).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23))
 }
+
+/// Instructions behind the budget: raw mode may have to branch there to get on, and then some.
+const BEYOND: usize = stepping::LONGEST as usize + 64;
 
 /// Iterations of a string instruction that are still few.
 const REPEATS: u32 = 64;
@@ -270,22 +311,38 @@ fn step(cpu: &mut CpuState, m: &mut Machine) -> Option<End> {
 /// # Errors
 /// When the run cannot be compared.
 pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<Trace, Useless> {
-    let mut passed = Vec::new();
+    let mut passed: Vec<Passed> = Vec::new();
     let mut since_sti = 2;
+    let cut = |passed: Vec<Passed>, last| {
+        // Not to its last instruction: raw mode would have to stop there.
+        let enough = limits.budget - limits.budget / 4;
+        Ok(Trace { passed, end: End::Budget, enough, last })
+    };
     loop {
-        if cpu.cpl != 0 || cpu.v86() {
-            return Err(Useless::Ring);
-        }
         let state = State::of(&cpu);
-        if passed.last().is_some_and(|p: &Passed| p.state == state) {
-            // A branch to itself, or to a store that changes nothing: nobody can tell how often it was done.
+        let over = passed.len() >= limits.budget;
+        if over && !limits.may_be_longer {
             return Err(Useless::Budget);
         }
-        if passed.len() >= limits.budget {
-            if !limits.may_be_longer {
-                return Err(Useless::Budget);
+        if cpu.cpl != 0 || cpu.v86() {
+            if !over {
+                return Err(Useless::Ring);
             }
-            return Ok(Trace { passed, end: End::Budget, last: State::of(&cpu) });
+            passed.push(Passed {
+                state: state.clone(),
+                interruptible: cpu.interruptible(),
+                behind_sti: since_sti < 2,
+                memory: None,
+                instruction: Instruction::default(),
+            });
+            return cut(passed, state);
+        }
+        if passed.last().is_some_and(|p| p.state == state) {
+            // A branch to itself, or to a store that changes nothing: nobody can tell how often it was done.
+            return if over { cut(passed, state) } else { Err(Useless::Budget) };
+        }
+        if passed.len() >= limits.budget + BEYOND {
+            return cut(passed, state);
         }
         let behind_sti = since_sti < 2;
         let instruction = interp::fetch_decode(&cpu, m).ok();
@@ -299,11 +356,11 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
             state,
             interruptible: cpu.interruptible(),
             behind_sti,
-            memory: if limits.memory { digest(m, &cpu) } else { 0 },
+            memory: (limits.memory && !over).then(|| digest(m, &cpu)),
             instruction: instruction.unwrap_or_default(),
         });
         if let Some(end) = step(&mut cpu, m) {
-            return Ok(Trace { passed, end, last: State::of(&cpu) });
+            return Ok(Trace { passed, end, enough: usize::MAX, last: State::of(&cpu) });
         }
     }
 }
@@ -372,23 +429,19 @@ pub struct Native<'a> {
 pub fn follow(
     native: Native,
     trace: &Trace,
-    limits: Limits,
     choices: &mut Choices,
     meddler: &mut dyn Meddler,
     tally: &mut Tally,
 ) -> Result<(), String> {
     let Native { raw, cpu, m, base } = native;
     let since = Instant::now();
-    let mut at = 0;
+    let (mut at, mut stops) = (0, 0);
     let mut waits: Option<usize> = None;
     let mut burst = 0;
     let mut branching: Option<u32> = None;
     let mut branched = usize::MAX;
     let mut how = "start".to_string();
     let spring = base + BRANCH;
-    // A run that was cut off cannot be followed to its last instruction exactly.
-    let enough =
-        if trace.end == End::Budget { trace.passed.len() - trace.passed.len() / 4 } else { usize::MAX };
     let mut exits = 0u32;
     loop {
         exits += 1;
@@ -405,24 +458,25 @@ pub fn follow(
         let repeats = interp::fetch_decode(cpu, m)
             .is_ok_and(|i| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()));
         if !repeats {
-            let Some(to) = (at..trace.passed.len()).find(|&n| trace.passed[n].state == now) else {
-                let nearest = (at..trace.passed.len()).find(|&n| trace.passed[n].state.eip == now.eip);
-                let near = nearest.unwrap_or(at);
-                return Err(format!(
-                    "after {how}: not a state the interpreter passed from {at} on; nearest {near} (raw/interp): {}{}",
-                    now.against(&trace.passed[near].state),
-                    trace.place(near)
-                ));
+            let (to, unique) = match trace.find(at, &now, || digest(m, cpu)) {
+                Found::At { place, unique } => (place, unique),
+                Found::OtherMemory(near) => {
+                    return Err(format!("after {how}: memory differs at {near}{}", trace.place(near)));
+                }
+                Found::Nowhere => {
+                    let nearest = (at..trace.passed.len()).find(|&n| trace.passed[n].state.eip == now.eip);
+                    let near = nearest.unwrap_or(at);
+                    return Err(format!(
+                        "after {how}: not a state the interpreter passed from {at} on; nearest {near} (raw/interp): {}{}",
+                        now.against(&trace.passed[near].state),
+                        trace.place(near)
+                    ));
+                }
             };
+            stops = if to == at { stops + 1 } else { 0 };
             at = to;
-            if at >= enough {
+            if at >= trace.enough || stops > LAPS && trace.repeats(at) {
                 return Ok(());
-            }
-            let unique = !trace.passed[at + 1..].iter().any(|p| p.state == now);
-            // Two stores in a trampoline; one that was rolled back has done the first.
-            let halves = matches!(trace.passed[at].instruction.mnemonic(), Mnemonic::Sgdt | Mnemonic::Sidt);
-            if limits.memory && unique && !halves && digest(m, cpu) != trace.passed[at].memory {
-                return Err(format!("after {how}: memory differs at {at}{}", trace.place(at)));
             }
             // Whatever interrupt there is would be delivered now.
             if cpu.interruptible() && !trace.passed[at].interruptible && unique {
@@ -500,8 +554,12 @@ pub fn follow(
                 Ok(Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd)
             );
             let same = match (&end, &trace.end) {
+                // One may be refused by its segment (12, 13), the other by its page (14).
+                (End::Trap(a), End::Trap(b)) if either && a.vector != b.vector => {
+                    [a, b].iter().all(|t| (12..=14).contains(&t.vector))
+                }
                 (End::Trap(a), End::Trap(b)) if either => {
-                    (a.vector, a.error_code, a.cr2.is_some()) == (b.vector, b.error_code, b.cr2.is_some())
+                    (a.error_code, a.cr2.is_some()) == (b.error_code, b.cr2.is_some())
                 }
                 (a, b) => a == b,
             };
@@ -518,16 +576,29 @@ pub fn follow(
     }
 }
 
-/// The first byte of what is compared that differs between two machines, if their runs ended.
+/// The words a fault pushes at least when it is delivered in the same ring: EFLAGS, CS, EIP.
+const FRAME: usize = 12;
+
+/// The first byte of what is compared that differs between two machines whose runs ended with this CPU.
+///
+/// Behind a fault, where its frame goes is left out: a displaced `call [m]` pushes before it reads, and taken back the push
+/// is still below ESP. Nobody sees it, as the frame is pushed over it.
 ///
 /// # Errors
 /// Where, in words.
-pub fn compare_memory(native: &Machine, interpreter: &Machine) -> Result<(), String> {
+pub fn compare_memory(
+    native: &Machine,
+    interpreter: &Machine,
+    cpu: &CpuState,
+    end: End,
+) -> Result<(), String> {
     let (mut a, mut b) = (vec![0u8; COMPARED.end], vec![0u8; COMPARED.end]);
     interpreter.ram.read(0, &mut a).unwrap();
     native.ram.read(0, &mut b).unwrap();
-    match COMPARED.clone().find(|&n| a[n] != b[n]) {
-        Some(n) => Err(format!("memory at {n:#x}: {:02x}/{:02x}", b[n], a[n])),
+    let top = (cpu.gpr[gpr::ESP] & 0x3f_ffff) as usize;
+    let frame = if matches!(end, End::Trap(_)) { top.saturating_sub(FRAME)..top } else { 0..0 };
+    match COMPARED.clone().find(|n| a[*n] != b[*n] && !frame.contains(n)) {
+        Some(n) => Err(format!("memory at {n:#x}: {:02x}/{:02x}, ESP {top:#x}", b[n], a[n])),
         None => Ok(()),
     }
 }

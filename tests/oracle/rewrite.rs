@@ -227,7 +227,6 @@ pub fn run(
                 result = follow(
                     Native { raw: &mut raw, cpu: &mut writing, m: &mut rig.native, base },
                     &trace,
-                    LIMITS,
                     &mut choices,
                     meddler,
                     tally,
@@ -265,13 +264,12 @@ pub fn run(
         result = follow(
             Native { raw: &mut raw, cpu: &mut cpu, m: native, base },
             &trace,
-            LIMITS,
             &mut choices,
             meddler,
             tally,
         );
         if result.is_ok() && trace.end != End::Budget {
-            result = compare_memory(&rig.native, &rig.interpreter);
+            result = compare_memory(&rig.native, &rig.interpreter, &cpu, trace.end);
         }
         if let Err(why) = &mut result {
             if two_streams(&raw, &trace) {

@@ -19,8 +19,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 const TF: u32 = 0x100;
-/// More instructions than any trampoline has.
-const LONGEST: u32 = 512;
+/// More instructions than any trampoline has; no run of a world passes more boundaries, and one.
+pub const LONGEST: u32 = 512;
 
 /// What is done to a world behind the engine's back: see [`super::defects`].
 pub trait Tamper {
