@@ -65,10 +65,11 @@ pub trait CodeInfo {
         let _ = at;
         alloc::vec::Vec::new()
     }
-    /// Are `len` bytes at `at` filler (`nop`, `int3`) that never executes, as behind an unconditional jump?
-    fn is_padding(&self, at: GuestLin, len: u32) -> bool {
+    /// If `len` bytes at `at` are filler (`nop`, `int3`) that never executes, as behind an unconditional jump: where its
+    /// instructions start (bit n: n bytes behind `at`). A guest may yet enter it there.
+    fn padding(&self, at: GuestLin, len: u32) -> Option<u32> {
         let _ = (at, len);
-        false
+        None
     }
     /// May `len` bytes of the code view at `at` be written?
     fn writable_window(&self, at: GuestLin, len: u32) -> bool {

@@ -24,6 +24,9 @@ pub(crate) const HLT: u8 = 0xf4;
 /// No patch depends on more bytes from its start (a window, or one instruction).
 const MAX_EXTENT: u32 = 64;
 
+/// How many slots are tried for a short jump.
+const MAX_SLOTS: usize = 4;
+
 /// What an EIP is to the patch manager.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Location {
@@ -210,7 +213,9 @@ impl Patm {
         (!found.is_empty() && found.iter().all(whole)).then_some(found)
     }
 
-    fn is_free(&self, lo: u32, len: u32) -> bool {
+    /// No window and no slot of a short jump has any of these bytes.
+    #[must_use]
+    pub fn is_free(&self, lo: u32, len: u32) -> bool {
         let hi = u64::from(lo) + u64::from(len);
         let hits = |start: u32, end: u64| u64::from(start) < hi && end > u64::from(lo);
         let near = lo.saturating_sub(MAX_EXTENT)..=lo.saturating_add(len);
@@ -332,19 +337,28 @@ impl Patm {
         }
         let must_trap = window.inner_starts().any(|o| o == 1);
         let jump_end = start.wrapping_add(2);
-        let reach = |rel: &i8| {
-            let slot = jump_end.checked_add_signed(i32::from(*rel))?;
+        // A function may begin in the filler that is only called indirectly. Its first byte must trap, so the slot begins
+        // behind the first byte of a filler instruction, and the next ones meet trapping bytes of its displacement.
+        let reach = |rel: i8| {
+            let slot = jump_end.checked_add_signed(i32::from(rel))?;
             let apart = slot.saturating_add(5) <= start || slot >= start.saturating_add(window.len());
             let at = GuestLin(slot);
-            (apart && info.is_padding(at, 5) && info.writable_window(at, 5) && self.is_free(slot, 5))
-                .then_some(slot)
+            let starts = info.padding(at, 5).filter(|starts| starts & 1 == 0)?;
+            let free = apart && info.writable_window(at, 5) && self.is_free(slot, 5);
+            free.then_some((rel, slot, Trapping((starts >> 1) as u8 & 15)))
         };
-        let (rel, slot) = (i8::MIN..=i8::MAX)
+        let mut slots: Vec<_> = (i8::MIN..=i8::MAX)
             .filter(|rel| !must_trap || traps(rel.cast_unsigned()))
-            .find_map(|rel| Some((rel, reach(&rel)?)))
-            .ok_or(Refusal::NoPlace)?;
+            .filter_map(reach)
+            .collect();
+        slots.sort_by_key(|(_, _, trapping)| trapping.0.count_ones());
+        let place = |(rel, slot, trapping)| {
+            let placed = self.place(&window, u32::wrapping_add(slot, 5), trapping).ok()?;
+            Some((rel, slot, placed))
+        };
+        let (rel, slot, (trampoline, map, sites)) =
+            slots.into_iter().take(MAX_SLOTS).find_map(place).ok_or(Refusal::NoPlace)?;
         let slot_end = slot.wrapping_add(5);
-        let (trampoline, map, sites) = self.place(&window, slot_end, Trapping::default())?;
         let mut bytes = vec![0xeb, rel.cast_unsigned()];
         bytes.resize(window.len() as usize, HLT);
         let writes = vec![

@@ -111,24 +111,24 @@ where
         near.filter(|&source| self.branches_to(source) == Some(at.0)).collect()
     }
 
-    fn is_padding(&self, at: GuestLin, len: u32) -> bool {
-        let Some(mut here) = self.filler_start(at) else { return false };
-        let Some(end) = at.0.checked_add(len) else { return false };
+    fn padding(&self, at: GuestLin, len: u32) -> Option<u32> {
+        let mut here = self.filler_start(at)?;
+        let end = at.0.checked_add(len)?;
+        let mut starts = 0;
         while here.0 < end {
-            match self.decode(here) {
-                Some(i) if is_filler(&i) => {
-                    for b in 0..i.len() as u32 {
-                        let byte = here.wrapping_add(b);
-                        if self.map.proven(byte) || self.map.is_target(byte) {
-                            return false;
-                        }
-                    }
-                    here = here.wrapping_add(i.len() as u32);
+            let i = self.decode(here).filter(is_filler)?;
+            for b in 0..i.len() as u32 {
+                let byte = here.wrapping_add(b);
+                if self.map.proven(byte) || self.map.is_target(byte) {
+                    return None;
                 }
-                _ => return false,
             }
+            if let Some(offset) = here.0.checked_sub(at.0) {
+                starts |= 1u32.checked_shl(offset).unwrap_or(0);
+            }
+            here = here.wrapping_add(i.len() as u32);
         }
-        true
+        Some(starts)
     }
 
     fn writable_window(&self, at: GuestLin, len: u32) -> bool {

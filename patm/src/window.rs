@@ -160,7 +160,7 @@ pub(crate) fn window(
     while at.wrapping_sub(start) < min_len || at <= site {
         if insns.last().is_some_and(|i| !i.falls_through()) {
             filler = min_len - at.wrapping_sub(start).min(min_len);
-            if at > site && info.is_padding(GuestLin(at), filler) {
+            if at > site && info.padding(GuestLin(at), filler).is_some() {
                 at = at.checked_add(filler).ok_or(Refusal::NotCode)?;
                 break;
             }

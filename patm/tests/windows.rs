@@ -2,7 +2,7 @@
 
 mod common;
 use common::{BASE, Scanned, config};
-use patm::{Location, Patm, Refusal, Route, Tactic};
+use patm::{CodeWrite, Location, Patm, Refusal, Route, Tactic};
 
 fn scanned_view(scanned: &Scanned) -> impl patm::CodeInfo + '_ {
     patm::MapView {
@@ -112,17 +112,32 @@ fn the_jump_covers_filler_behind_the_end_of_the_flow() {
     assert_eq!(patm.contradicts(csam::GuestLin(BASE + 1)), None);
 }
 
+/// call 2f; mov eax, cr0; 1: inc ecx; jne 1b; ret; 2: jmp 1b
+const NO_ROOM: [u8; 14] = [0xe8, 7, 0, 0, 0, 0x0f, 0x20, 0xc0, 0x41, 0x75, 0xfd, 0xc3, 0xeb, 0xfa];
+
 #[test]
 fn a_short_jump_uses_filler_behind_the_ret() {
-    // call 2f; mov eax, cr0; 1: inc ecx; jne 1b; ret; 2: jmp 1b; int3 * 8
-    let code = [0xe8, 7, 0, 0, 0, 0x0f, 0x20, 0xc0, 0x41, 0x75, 0xfd, 0xc3, 0xeb, 0xfa];
-    let (patm, patch) = patch(&[code.as_slice(), &[0xcc; 8]].concat(), 5);
+    // lea esi, [esi + 0], 7 bytes
+    let (patm, patch) = patch(&[NO_ROOM.as_slice(), &[0x8d, 0xb4, 0x26, 0, 0, 0, 0]].concat(), 5);
     assert_eq!((patch.tactic, patch.len), (Tactic::ShortJump, 3));
     let slot = patch.writes[1].at.0;
     assert_eq!(patch.bytes()[0], 0xeb);
     assert_eq!(u32::from(patch.bytes()[1]), slot - (BASE + 5 + 2));
     assert_eq!(patm.locate(slot), Location::PatchStart(patch.id));
     assert_eq!(patm.contradicts(csam::GuestLin(slot)), Some(patch.id));
+    assert!(!patm.is_free(slot - 1, 2) && patm.is_free(slot - 1, 1));
+}
+
+#[test]
+fn filler_that_holds_a_short_jumps_slot_traps_where_its_instructions_start() {
+    // lea esi, [esi + 0], 4 bytes; nop; nop
+    let (_, patch) = patch(&[NO_ROOM.as_slice(), &[0x8d, 0x74, 0x26, 0, 0x90, 0x90]].concat(), 5);
+    assert_eq!(patch.tactic, Tactic::ShortJump);
+    let CodeWrite { at, bytes } = &patch.writes[1];
+    assert_eq!(at.0, BASE + 15, "the first byte of the lea stays");
+    assert!(patm::traps(bytes[3]) && patm::traps(bytes[4]), "{bytes:02x?}");
+    let (_, patch) = self::patch(&[NO_ROOM.as_slice(), &[0x90; 8]].concat(), 5);
+    assert_eq!(patch.tactic, Tactic::TrapByte, "an instruction starts at each byte");
 }
 
 #[test]

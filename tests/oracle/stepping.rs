@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 const TF: u32 = 0x100;
-/// More instructions than any trampoline has; no run of a world passes more boundaries, and one.
+/// More instructions than any trampoline has; no run of a world passes more boundaries.
 pub const LONGEST: u32 = 512;
 
 /// What is done to a world behind the engine's back: see [`super::defects`].
@@ -144,7 +144,7 @@ impl World for Stepping {
         let tamper = control.tamper.borrow().clone();
         let (begun, reach) = control.begun.get();
         let further = if control.each.get() { 1 } else { reach + (control.steps.get() & 1) as u32 };
-        let reach = if begun == *regs && reach < LONGEST { reach + further } else { every };
+        let reach = if begun == *regs && reach < LONGEST { (reach + further).min(LONGEST) } else { every };
         control.begun.set((*regs, reach));
         let mut left = reach;
         let exit = loop {

@@ -530,10 +530,7 @@ impl KernelCode {
         }
         for &(at, len) in &report.instructions {
             let hi = at.wrapping_add(u32::from(len));
-            if self.patm.patch_at(at.0).is_some()
-                || self.patm.starts_in(at, hi)
-                || self.patm.contradicts(at).is_some()
-            {
+            if !self.patm.is_free(at.0, u32::from(len)) {
                 let overlapped = self.undo_in(code, at, hi);
                 again.extend(overlapped);
             }
@@ -608,7 +605,7 @@ impl KernelCode {
 
     fn respan(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) {
         let known = self.map.overlapping(lo, hi);
-        if known.is_empty() && self.patm.contradicts(lo).is_none() {
+        if known.is_empty() && self.patm.is_free(lo.0, hi.0.wrapping_sub(lo.0)) {
             return;
         }
         self.counts.rescans += 1;
@@ -658,10 +655,15 @@ impl KernelCode {
         })
     }
 
-    /// `eip` lies in a known instruction and is the start of none: what runs there was never scanned.
+    /// `eip` lies in a known instruction, or one of filler that holds the slot of a short jump, and is the start of none:
+    /// what runs there was never scanned.
     #[must_use]
     pub fn is_unscanned_inside(&self, eip: GuestLin) -> bool {
-        !self.map.is_instruction_start(eip) && self.map.proven(eip)
+        let slot = match self.patm.locate(eip.0) {
+            Location::PatchStart(id) => self.patm.get(id).is_some_and(|p| p.start != eip),
+            _ => false,
+        };
+        slot || !self.map.is_instruction_start(eip) && self.map.proven(eip)
     }
 
     /// The original instruction bytes at `at` are proven code: executing it there is no surprise.
