@@ -260,7 +260,7 @@ fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
         let _ = fs::remove_file(&stats);
         let text: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
         let lines = text["inline"].as_array().expect("it has what worlds did by themselves");
-        let line = lines.iter().find(|line| line["instruction"] == "hlt and the tick that ends it, in the world");
+        let line = lines.iter().find(|line| line["instruction"] == "timer tick, in the world");
         let ticks = line.and_then(|line| line["count"].as_u64()).unwrap_or(0);
         assert!(ticks > 50, "{ticks} ticks in 3 s: {lines:?}");
     }

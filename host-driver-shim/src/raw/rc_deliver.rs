@@ -1,16 +1,17 @@
-//! The world's side of page faults that are the guest's own: delivered through the guest's IDT without the monitor.
+//! The world's side of page faults that are the guest's own, and of its timer's interrupt: delivered through the guest's
+//! IDT without the monitor.
 //!
-//! What it does is what the monitor's `trpm` does for a page fault through a 32-bit interrupt or trap gate to flat ring-0
+//! What it does is what the monitor's `trpm` does through a 32-bit interrupt or trap gate to flat ring-0
 //! code, from ring 0 or from ring 3 through the TSS (SDM Vol. 3A, 6.12.1). The monitor says by
 //! [`DeliveryRules`] what it found in the guest's tables; that it is there still is checked here. Whatever else is the
 //! case is left to the monitor, with nothing changed.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::arena::{Arena, vcpu_word};
 use super::rc_fill::Ram;
 use super::rc_walk::{Tables, walk};
-use crate::world::{DeliveryRules, FillRules, Table};
+use crate::world::{DeliveryRules, FillRules, HwRegs, Table};
 
 /// vCPU page: the same as patm's `vcpu_page` of these names.
 pub const CPL: u32 = 0x300;
@@ -103,40 +104,126 @@ impl Guest<'_> {
     }
 }
 
-/// Delivers an external interrupt to ring 0, which is to go on at guest linear `eip` behind it, by rules like those for
-/// page faults. False: the monitor is to do it, and nothing has changed (but A and D bits, as in [`deliver`]).
+/// What a delivery works with.
+struct Delivery<'a> {
+    a: *mut Arena,
+    rules: &'a DeliveryRules,
+    guest: Guest<'a>,
+    regs: HwRegs,
+}
+
+/// Number `i` of the words from `offset` on.
+fn nth(offset: u32, i: usize) -> u32 {
+    offset + 4 * i as u32
+}
+
+impl Delivery<'_> {
+    /// A word of the vCPU page.
+    fn word(&self, offset: u32) -> &AtomicU32 {
+        // SAFETY: who makes a Delivery is in a world with this arena.
+        unsafe { vcpu_word(self.a, offset) }
+    }
+    fn get(&self, offset: u32) -> u32 {
+        self.word(offset).load(Relaxed)
+    }
+    /// The flags the guest sees that are the hardware's own.
+    fn visible(&self) -> u32 {
+        self.regs.eflags & NATIVE | FIXED
+    }
+    /// The guest's tables say what the rules say, and the registers are not a trampoline's.
+    fn holds(&self) -> bool {
+        let page = self.regs.eip >> 12;
+        let ours = self.guest.rules.keep_out.iter().any(|&(first, len)| page.wrapping_sub(first) < len);
+        self.rules.ready != 0
+            && !ours
+            && self.guest.holds(&self.rules.gate)
+            && self.guest.holds(&self.rules.cs_descriptor)
+    }
+    /// Ring 3 was interrupted.
+    fn is_from_ring3(&self) -> bool {
+        u32::from(self.regs.sel[CS]) == self.guest.rules.user_cs && self.guest.rules.user_cs != 0
+    }
+    /// The frame of an interruption of ring 3 (EIP, CS, EFLAGS without RF, ESP, SS) and the ESP it lies below.
+    fn ring3_frame(&self) -> Option<([u32; 5], u32)> {
+        let (rules, regs) = (self.rules, &self.regs);
+        let same = |i: &usize| u32::from(regs.sel[*i]) == self.get(nth(HOST_RING3, *i));
+        if rules.from_ring3 == 0
+            || self.get(CPL) != 3
+            || regs.eflags & USER_ONLY != 0
+            || u32::from(regs.sel[SS]) != rules.user_ss_host
+            || !DATA.iter().all(same)
+            || !self.guest.holds(&rules.ss_descriptor)
+        {
+            return None;
+        }
+        let esp0 = self.guest.read(rules.tss_esp0)?;
+        if self.guest.read(rules.tss_esp0.wrapping_add(4))? & 0xffff != rules.ss {
+            return None;
+        }
+        let flags = self.visible() | self.get(HIDDEN_FLAGS) & IOPL | IF;
+        let selector = |i| self.get(nth(SELECTORS, i));
+        Some(([regs.eip, selector(CS), flags, regs.gpr[ESP], selector(SS)], esp0))
+    }
+    /// Ring 0's segments instead of ring 3's.
+    fn leave_ring3(&mut self) {
+        self.word(nth(SELECTORS, SS)).store(self.rules.ss, Relaxed);
+        self.word(CPL).store(0, Relaxed);
+        self.word(HIDDEN_FLAGS).store(self.get(HIDDEN_FLAGS) & IOPL, Relaxed);
+        self.regs.sel[SS] = self.rules.ss_host as u16;
+        for i in DATA {
+            self.regs.sel[i] = self.get(nth(HOST_RING0, i)) as u16;
+        }
+    }
+    /// The handler is what runs next, on this stack.
+    fn enter(mut self, esp: u32) {
+        self.word(nth(SELECTORS, CS)).store(self.rules.cs, Relaxed);
+        self.word(IF_FLAG).store(self.get(IF_FLAG) & self.rules.if_mask, Relaxed);
+        self.regs.eflags = self.visible() | HOST_IF;
+        self.regs.sel[CS] = self.rules.cs_host as u16;
+        self.regs.gpr[ESP] = esp;
+        self.regs.eip = self.rules.target;
+        // SAFETY: who makes a Delivery is in a world with this arena, which has the turn: only we touch its registers.
+        unsafe { (&raw mut (*self.a).regs).write_volatile(self.regs) };
+    }
+}
+
+/// Delivers an external interrupt. `behind`: to ring 0, which is to go on at that guest linear address behind it; else to
+/// ring 3 at the EIP in the arena. False: the monitor is to do it, and nothing has changed (but A and D bits, as in
+/// [`deliver`]).
 ///
 /// # Safety
-/// As [`deliver`], with the registers the gate saved.
-pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, eip: u32) -> bool {
-    // SAFETY: by contract; the monitor writes the rules only when it has the turn.
-    let (fill, pages) =
-        unsafe { ((&raw const (*a).fill.rules).read_volatile(), (*a).fill.ram_pages.load(Relaxed)) };
-    // SAFETY: by contract: while the world has the turn only we touch its registers.
-    let mut regs = unsafe { (&raw const (*a).regs).read_volatile() };
-    // SAFETY: by contract.
-    let word = |offset: u32| unsafe { vcpu_word(a, offset) };
+/// As [`deliver`]; with `behind`, the registers are those the gate saved.
+pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, behind: Option<u32>) -> bool {
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
+    let (fill, pages, regs) = unsafe {
+        (
+            (&raw const (*a).fill.rules).read_volatile(),
+            (*a).fill.ram_pages.load(Relaxed),
+            (&raw const (*a).regs).read_volatile(),
+        )
+    };
     let ram = Ram { pages };
-    let guest = Guest { ram: &ram, rules: &fill };
-    let (hidden, flag) = (word(HIDDEN_FLAGS).load(Relaxed), word(IF_FLAG).load(Relaxed));
-    let known = rules.ready != 0 && guest.holds(&rules.gate) && guest.holds(&rules.cs_descriptor);
-    if !known || word(CPL).load(Relaxed) != 0 || hidden & NT != 0 || flag & IF == 0 {
+    let mut d = Delivery { a, rules, guest: Guest { ram: &ram, rules: &fill }, regs };
+    if !d.holds() || d.get(IF_FLAG) & IF == 0 {
         return false;
     }
-    let visible = regs.eflags & NATIVE | FIXED;
-    let cs = word(SELECTORS + 4 * CS as u32);
-    let esp = regs.gpr[ESP].wrapping_sub(12);
-    if !guest.push(esp, &[eip, cs.load(Relaxed), visible | hidden | IF]) {
+    if let Some(eip) = behind {
+        let hidden = d.get(HIDDEN_FLAGS);
+        let esp = d.regs.gpr[ESP].wrapping_sub(12);
+        let frame = [eip, d.get(nth(SELECTORS, CS)), d.visible() | hidden | IF];
+        if d.get(CPL) != 0 || hidden & NT != 0 || !d.guest.push(esp, &frame) {
+            return false;
+        }
+        d.enter(esp);
+        return true;
+    }
+    let Some((frame, esp0)) = d.ring3_frame().filter(|_| d.is_from_ring3()) else { return false };
+    let esp = esp0.wrapping_sub(20);
+    if !d.guest.push(esp, &frame) {
         return false;
     }
-    cs.store(rules.cs, Relaxed);
-    word(IF_FLAG).store(flag & rules.if_mask, Relaxed);
-    regs.sel[CS] = rules.cs_host as u16;
-    regs.gpr[ESP] = esp;
-    regs.eip = rules.target;
-    regs.eflags = visible | HOST_IF;
-    // SAFETY: as above.
-    unsafe { (&raw mut (*a).regs).write_volatile(regs) };
+    d.leave_ring3();
+    d.enter(esp);
     true
 }
 
@@ -146,92 +233,50 @@ pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, eip: u32) -
 /// # Safety
 /// In a world, `a` is its mapped arena with the registers of the interrupted guest code, and the world has the turn.
 pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bool) -> bool {
-    // SAFETY: by contract; the monitor writes the rules only when it has the turn.
-    let (rules, fill, pages) = unsafe {
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
+    let (rules, fill, pages, regs) = unsafe {
         (
             (&raw const (*a).delivery).read_volatile(),
             (&raw const (*a).fill.rules).read_volatile(),
             (*a).fill.ram_pages.load(Relaxed),
+            (&raw const (*a).regs).read_volatile(),
         )
     };
-    // SAFETY: by contract: while the world has the turn only we touch its registers.
-    let mut regs = unsafe { (&raw const (*a).regs).read_volatile() };
-    // SAFETY: by contract.
-    let word = |offset: u32| unsafe { vcpu_word(a, offset) };
-    let get = |offset: u32| word(offset).load(Relaxed);
-    let nth = |offset: u32, i: usize| offset + 4 * i as u32;
-    let (ram, from3) = (Ram { pages }, u32::from(regs.sel[CS]) == fill.user_cs && fill.user_cs != 0);
-    let guest = Guest { ram: &ram, rules: &fill };
-    let page = regs.eip >> 12;
-    // In a trampoline the registers are not the guest's.
-    let ours = fill.keep_out.iter().any(|&(first, len)| page.wrapping_sub(first) < len);
-    if rules.ready == 0 || ours || !guest.holds(&rules.gate) || !guest.holds(&rules.cs_descriptor) {
+    let ram = Ram { pages };
+    let mut d = Delivery { a, rules: &rules, guest: Guest { ram: &ram, rules: &fill }, regs };
+    if !d.holds() {
         return false;
     }
-    let hidden = get(HIDDEN_FLAGS);
-    let visible = regs.eflags & NATIVE | FIXED;
-    let (frame, esp);
-    if from3 {
-        let same = |i: &usize| u32::from(regs.sel[*i]) == get(nth(HOST_RING3, *i));
-        if rules.from_ring3 == 0
-            || get(CPL) != 3
-            || regs.eflags & USER_ONLY != 0
-            || u32::from(regs.sel[SS]) != rules.user_ss_host
-            || !DATA.iter().all(same)
-            || !guest.holds(&rules.ss_descriptor)
-            || !fetch && guest.names_cs(regs.eip)
-        {
+    let esp;
+    if d.is_from_ring3() {
+        if !fetch && d.guest.names_cs(d.regs.eip) {
             return false;
         }
-        let (Some(esp0), Some(ss0)) =
-            (guest.read(rules.tss_esp0), guest.read(rules.tss_esp0.wrapping_add(4)))
-        else {
-            return false;
-        };
-        if ss0 & 0xffff != rules.ss {
-            return false;
-        }
-        let flags = visible | hidden & IOPL | IF | RF;
-        frame =
-            [error_code, regs.eip, get(nth(SELECTORS, CS)), flags, regs.gpr[ESP], get(nth(SELECTORS, SS))];
+        let Some(([eip, cs, flags, user_esp, user_ss], esp0)) = d.ring3_frame() else { return false };
         esp = esp0.wrapping_sub(24);
-    } else {
-        if get(CPL) != 0 || u32::from(regs.sel[CS]) != rules.cs_host || hidden & NT != 0 {
+        if !d.guest.push(esp, &[error_code, eip, cs, flags | RF, user_esp, user_ss]) {
             return false;
         }
-        let flags = visible | hidden | get(IF_FLAG) & IF | RF;
-        frame = [error_code, regs.eip, get(nth(SELECTORS, CS)), flags, 0, 0];
-        esp = regs.gpr[ESP].wrapping_sub(16);
-    }
-    let words = if from3 { 6 } else { 4 };
-    if !guest.push(esp, frame.get(..words).unwrap_or(&[])) {
-        return false;
-    }
-    if from3 {
-        word(nth(SELECTORS, SS)).store(rules.ss, Relaxed);
-        word(CPL).store(0, Relaxed);
+        d.leave_ring3();
         if !fetch {
             let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
-            word(REFILL).store(lin & !0xfff | write | 1, Relaxed);
+            d.word(REFILL).store(lin & !0xfff | write | 1, Relaxed);
         }
-        word(HIDDEN_FLAGS).store(hidden & IOPL, Relaxed);
-        regs.sel[SS] = rules.ss_host as u16;
-        for i in DATA {
-            regs.sel[i] = get(nth(HOST_RING0, i)) as u16;
+    } else {
+        let hidden = d.get(HIDDEN_FLAGS);
+        if d.get(CPL) != 0 || u32::from(d.regs.sel[CS]) != rules.cs_host || hidden & NT != 0 {
+            return false;
+        }
+        esp = d.regs.gpr[ESP].wrapping_sub(16);
+        let flags = d.visible() | hidden | d.get(IF_FLAG) & IF | RF;
+        if !d.guest.push(esp, &[error_code, d.regs.eip, d.get(nth(SELECTORS, CS)), flags]) {
+            return false;
         }
     }
-    word(nth(SELECTORS, CS)).store(rules.cs, Relaxed);
-    word(IF_FLAG).store(get(IF_FLAG) & rules.if_mask, Relaxed);
-    word(CR2).store(lin, Relaxed);
-    regs.sel[CS] = rules.cs_host as u16;
-    regs.gpr[ESP] = esp;
-    regs.eip = rules.target;
-    regs.eflags = visible | HOST_IF;
-    // SAFETY: as above.
-    unsafe {
-        (&raw mut (*a).regs).write_volatile(regs);
-        let delivered = &(*a).fill.delivered;
-        delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
-    }
+    d.word(CR2).store(lin, Relaxed);
+    d.enter(esp);
+    // SAFETY: as above: an atomic.
+    let delivered = unsafe { &(*a).fill.delivered };
+    delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
     true
 }

@@ -1,10 +1,12 @@
-//! An idle guest without the monitor: the world sleeps in the guest's `hlt` until the timer's next tick and delivers it.
+//! Ticks of the guest's timer without the monitor: the world sleeps in the guest's `hlt` until the next one and delivers it,
+//! or interrupts the guest's ring 3 for it.
 //!
 //! 1. The monitor says by [`Guard`] that the world watches the time. A timer of the world's own then makes it leave shortly
 //!    after the tick that is expected next, whatever the guest does.
 //! 2. The guest programs its timer by a count that posts ([`super::rc_port`]): the tick it ends with is known here.
 //! 3. At a `hlt` with nothing in service and the tick not masked, the world sleeps till then, interruptible by a kick,
 //!    delivers the interrupt ([`rc_deliver::interrupt`]) and notes it for the monitor between the writes that post.
+//! 4. If the world's timer finds guest ring 3 running when the tick is due, the tick is delivered just so.
 //!
 //! The monitor does later in the interrupt controllers and the timer what the notes say. A guest that lies in them has
 //! lied to itself.
@@ -87,14 +89,22 @@ pub(crate) unsafe fn enter(a: *mut Arena) {
     }
 }
 
-/// The world's timer has fired.
+/// The world's timer has fired, and is not set any more.
+///
+/// # Safety
+/// In a world, `a` is its mapped arena.
+pub(crate) unsafe fn spent(a: *mut Arena) {
+    // SAFETY: by contract: an atomic.
+    unsafe { (*a).doze.armed.store(0, Relaxed) };
+}
+
+/// The monitor is to look at the time.
 ///
 /// # Safety
 /// In a world, `a` is its mapped arena.
 pub(crate) unsafe fn time_is_up(a: *mut Arena) {
     // SAFETY: by contract: atomics.
     unsafe {
-        (*a).doze.armed.store(0, Relaxed);
         // While the monitor has the turn there is nothing to leave.
         if guard(a).at != 0 && (*a).turn.load(SeqCst) == turn::WORLD {
             (*a).kick.store(1, SeqCst);
@@ -120,30 +130,87 @@ pub(crate) unsafe fn posted(a: *mut Arena, port: u16, ends: u64) {
     }
 }
 
+/// When the tick comes that the world may deliver by itself, and the rules for that. None: there is none, it is masked, an
+/// interrupt is in service, or the monitor is wanted.
+///
+/// # Safety
+/// As [`arm`].
+unsafe fn deliverable(a: *const Arena, guard: &Guard) -> Option<(u64, DeliveryRules)> {
+    // SAFETY: by contract: the monitor writes the rules only when it has the turn; the others are atomics.
+    unsafe {
+        let tick = (*a).doze.ends.load(Relaxed);
+        let rules = (&raw const (*a).doze.rules).read_volatile();
+        let possible = guard.at != 0 && guard.idle != 0 && tick != 0 && rules.ready != 0;
+        let fine = possible
+            && (*a).kick.load(SeqCst) == 0
+            && rc_port::peek(a, guard.mask_port).is_some_and(|mask| mask & 1 == 0)
+            && rc_port::has_room(a, LINES);
+        fine.then_some((tick, rules))
+    }
+}
+
+/// The next tick is expected a period behind this one: watches the time till then.
+///
+/// # Safety
+/// As [`arm`].
+unsafe fn expect_next(a: *mut Arena, guard: &mut Guard, tick: u64) {
+    let next = tick.saturating_add(guard.period);
+    guard.at = next.saturating_add(guard.after);
+    // SAFETY: by contract.
+    unsafe {
+        (&raw mut (*a).doze.guard).write_volatile(*guard);
+        arm(a, guard);
+        rc_port::postpone(a, next.saturating_sub(guard.before));
+    }
+}
+
+/// A tick was delivered: notes it.
+///
+/// # Safety
+/// As [`arm`].
+unsafe fn delivered(a: *mut Arena, guard: &mut Guard) {
+    guard.idle = 0;
+    // SAFETY: by contract.
+    unsafe {
+        rc_port::note_tick(a, tsc::read());
+        (*a).doze.ends.store(0, Relaxed);
+        (&raw mut (*a).doze.guard).write_volatile(*guard);
+    }
+}
+
+/// The world's timer has interrupted guest code, whose registers are in the arena: delivers the tick to ring 3. False: it is
+/// the monitor's.
+///
+/// # Safety
+/// As [`arm`].
+pub(crate) unsafe fn tick(a: *mut Arena) -> bool {
+    // SAFETY: by contract.
+    unsafe {
+        let mut guard = guard(a);
+        let Some((tick, rules)) = deliverable(a, &guard) else { return false };
+        if tsc::read() < tick || !rc_deliver::interrupt(a, &rules, None) {
+            return false;
+        }
+        delivered(a, &mut guard);
+        expect_next(a, &mut guard, tick);
+    }
+    true
+}
+
 /// `hlt`, with guest linear `eip` behind it. False: it is the monitor's.
 ///
 /// # Safety
 /// As [`arm`], with the registers the gate saved.
 pub(crate) unsafe fn doze(a: *mut Arena, eip: u32) -> bool {
     // SAFETY: by contract.
-    let (mut guard, rules) = unsafe { (guard(a), (&raw const (*a).doze.rules).read_volatile()) };
-    // SAFETY: by contract: atomics.
-    let (ends, kick) = unsafe { (&(*a).doze.ends, &(*a).kick) };
-    let tick = ends.load(Relaxed);
+    let mut guard = unsafe { guard(a) };
     // SAFETY: by contract.
-    let (masked, room) = unsafe { (rc_port::peek(a, guard.mask_port), rc_port::has_room(a, LINES)) };
-    let unmasked = masked.is_some_and(|mask| mask & 1 == 0);
-    if guard.at == 0 || guard.idle == 0 || tick == 0 || rules.ready == 0 || !unmasked || !room {
-        return false;
-    }
-    let next = tick.saturating_add(guard.period);
-    guard.at = next.saturating_add(guard.after);
+    let Some((tick, rules)) = (unsafe { deliverable(a, &guard) }) else { return false };
     // SAFETY: by contract.
-    unsafe {
-        (&raw mut (*a).doze.guard).write_volatile(guard);
-        arm(a, &guard);
-        rc_port::postpone(a, next.saturating_sub(guard.before));
-    }
+    let kick = unsafe {
+        expect_next(a, &mut guard, tick);
+        &(*a).kick
+    };
     loop {
         if kick.load(SeqCst) != 0 {
             return false;
@@ -161,13 +228,10 @@ pub(crate) unsafe fn doze(a: *mut Arena, eip: u32) -> bool {
     }
     // SAFETY: by contract.
     unsafe {
-        if !rc_deliver::interrupt(a, &rules, eip) {
+        if !rc_deliver::interrupt(a, &rules, Some(eip)) {
             return false;
         }
-        rc_port::note_tick(a, tsc::read());
-        ends.store(0, Relaxed);
-        guard.idle = 0;
-        (&raw mut (*a).doze.guard).write_volatile(guard);
+        delivered(a, &mut guard);
     }
     true
 }

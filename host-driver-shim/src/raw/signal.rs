@@ -45,12 +45,21 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     // SAFETY: as above; in a world the arena is mapped and its words are atomics.
     let arena = arena();
     let mut signal = signal;
+    let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
     if signal == GUARD_SIGNAL {
-        // SAFETY: `arena` is the mapped arena.
-        unsafe { rc_doze::time_is_up(arena) };
+        // SAFETY: `arena` is the mapped arena; the frame is live. In guest code the world has the turn.
+        unsafe {
+            rc_doze::spent(arena);
+            if csgsfs & 0xffff != CS64 {
+                save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
+                if rc_doze::tick(arena) {
+                    subring_rc_resume();
+                }
+            }
+            rc_doze::time_is_up(arena);
+        }
         signal = KICK_SIGNAL;
     }
-    let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
     if csgsfs & 0xffff == CS64 {
         in_runtime(signal, code, gregs, arena);
         return;

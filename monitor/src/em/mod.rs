@@ -117,7 +117,7 @@ pub struct Em {
     attention: Arc<Attention>,
     ticker: Ticker,
     deadline: Option<u64>,
-    /// The guest has slept lately: if it goes on like that, worlds deliver ticks by themselves.
+    /// The last tick found the guest asleep or in ring 3: worlds deliver the next ones by themselves if it goes on like that.
     dozes: bool,
     trace: Trace,
     ring: Vec<(ExitRecord, u64)>,
@@ -638,7 +638,7 @@ impl Em {
         }
         let ticks = std::mem::take(&mut self.m.ticks);
         if ticks.is_empty() && self.m.look.and_then(|look| look.guard).is_some_and(|guard| guard.at <= left) {
-            // The guest did not sleep until its tick.
+            // The world could not.
             self.dozes = false;
         }
         for vector in ticks {
@@ -672,7 +672,11 @@ impl Em {
         let mut cause = record.cause;
         match after {
             After::Continue => {}
-            After::Kicked => self.m.devices_touched = true,
+            After::Kicked => {
+                self.m.devices_touched = true;
+                // Ring 3 computes: the next ticks may find it there.
+                self.dozes |= self.cpu.cpl == 3;
+            }
             After::Deliver(event) => self.deliver(event),
             After::TripleFault { state_lost: true } => self.stop = Some(Stop::Restart("triple fault")),
             After::TripleFault { state_lost: false } => self.triple_fault(&|| "triple fault".into()),
@@ -790,7 +794,7 @@ impl Em {
             self.account.set_inline("page fault to the guest, in the world", raw.delivered_in_worlds());
             self.account.set_inline("invlpg, in the world", raw.flushed_in_worlds());
             self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
-            self.account.set_inline("hlt and the tick that ends it, in the world", raw.ticks_in_worlds());
+            self.account.set_inline("timer tick, in the world", raw.ticks_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };
                 let i = Decoder::new(32, &patch.original, DecoderOptions::NONE).decode();

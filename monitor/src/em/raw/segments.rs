@@ -296,8 +296,9 @@ impl RawEngine {
         }
         let table = |e: &Expected| Table { at: e.at, low: e.low, high: e.high };
         let cs_host = u32::from(self.descriptors.code_ring0());
-        let to_ring0 = |gate: &Option<Gate>| match (gate, &kernel) {
-            (Some(gate), Some(cs)) => DeliveryRules {
+        let rules = |gate: &Option<Gate>| {
+            let (Some(gate), Some(cs)) = (gate, &kernel) else { return DeliveryRules::default() };
+            let rules = DeliveryRules {
                 ready: 1,
                 gate: table(&gate.entry),
                 target: gate.target,
@@ -306,25 +307,20 @@ impl RawEngine {
                 cs_descriptor: table(cs),
                 cs_host,
                 ..DeliveryRules::default()
-            },
-            _ => DeliveryRules::default(),
-        };
-        w.set_tick_rules(&to_ring0(&tick));
-        let mut delivery = to_ring0(&page_fault);
-        if delivery.ready != 0
-            && let (Some(stack), Some(user)) = (&stack, &user)
-        {
-            delivery = DeliveryRules {
+            };
+            let (Some(stack), Some(user)) = (&stack, &user) else { return rules };
+            DeliveryRules {
                 from_ring3: 1,
                 tss_esp0: cpu.tr.base.wrapping_add(4),
                 ss: u32::from(stack.segment.selector),
                 ss_descriptor: table(&stack.descriptor),
                 ss_host: u32::from(stack.host),
                 user_ss_host: u32::from(user.ss_host),
-                ..delivery
-            };
-        }
-        w.set_delivery_rules(&delivery);
+                ..rules
+            }
+        };
+        w.set_delivery_rules(&rules(&page_fault));
+        w.set_tick_rules(&rules(&tick));
         self.kernels[number].published = Some(grounds);
         Ok(())
     }
