@@ -36,7 +36,10 @@ fn short_runs() -> Result<String, SkipReason> {
         // The same switch as for real guests.
         cache::busybox()?;
         let job = "echo START doctor; subring doctor; echo END doctor $?; \
-                   echo START kvm; subring run --engine kvm; echo END kvm $?";
+                   echo START kvm; subring run --engine kvm; echo END kvm $?; \
+                   echo START ring1; subring run --engine ring1; echo END ring1 $?; \
+                   echo START auto; subring run --engine auto --stats; echo END auto $?; \
+                   echo START shuffle; subring run --engine-shuffle 50 --stats; echo END shuffle $?";
         let output = lab(&["--command", job])?;
         Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
             + &String::from_utf8_lossy(&output.stderr))
@@ -62,13 +65,44 @@ fn doctor_knows_hardware_when_it_sees_it() {
     assert!(line.contains("hardware, runs protected mode"), "{text}");
 }
 
-#[test]
-fn the_built_in_guest_passes_on_kvm() {
-    let (text, code) = or_skip!("lab", part("kvm"));
+/// What the built-in guest printed in a run that it ended well.
+fn passes(name: &str) -> Result<String, SkipReason> {
+    let (text, code) = part(name)?;
     let failed: Vec<_> = text.lines().filter(|line| line.contains("FAIL")).collect();
     assert!(failed.is_empty(), "{failed:#?}");
     assert!(text.contains("VERDICT: PASS"), "{text}");
     assert_eq!(code, 0, "{text}");
+    Ok(text)
+}
+
+/// A number at the end of the accounting; 0 where it is not there.
+fn gauge(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn the_built_in_guest_passes_on_kvm() {
+    or_skip!("lab", passes("kvm"));
+}
+
+#[test]
+fn the_built_in_guest_passes_on_ring1() {
+    or_skip!("lab", passes("ring1"));
+}
+
+#[test]
+fn kvm_runs_what_raw_refuses_for_long() {
+    let text = or_skip!("lab", passes("auto"));
+    assert_ne!(gauge(&text, "kvm_ran_in_v86_mode"), 0, "{text}");
+    assert_ne!(gauge(&text, "interpreted_in_v86_mode"), 0, "{text}");
+}
+
+#[test]
+fn the_built_in_guest_passes_while_it_goes_from_engine_to_engine() {
+    let text = or_skip!("lab", passes("shuffle"));
+    assert!(text.contains("another engine of raw, ring1, kvm, interp"), "{text}");
+    assert_ne!(gauge(&text, "handovers_between_engines"), 0, "{text}");
 }
 
 fn debian_on_kvm(guest: &str) {
