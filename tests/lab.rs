@@ -105,12 +105,18 @@ fn the_built_in_guest_passes_while_it_goes_from_engine_to_engine() {
     assert_ne!(gauge(&text, "handovers_between_engines"), 0, "{text}");
 }
 
+/// Debian's kernels take minutes under TCG.
+fn debian_is_asked_for(what: &str) -> bool {
+    let asked = std::env::var_os("SUBRING_LAB_DEBIAN").is_some_and(|v| v == "1");
+    if !asked {
+        let why = format!("{what} takes minutes under TCG (SUBRING_LAB_DEBIAN=1)");
+        cache::skip("lab", &SkipReason(why));
+    }
+    asked
+}
+
 fn debian_on_kvm(guest: &str) {
-    if std::env::var_os("SUBRING_LAB_DEBIAN").is_none_or(|v| v != "1") {
-        cache::skip(
-            "lab",
-            &SkipReason(format!("{guest} on kvm takes minutes under TCG (SUBRING_LAB_DEBIAN=1)")),
-        );
+    if !debian_is_asked_for(&format!("{guest} on kvm")) {
         return;
     }
     let output = or_skip!("lab", lab(&["kvm", guest]));
@@ -129,4 +135,31 @@ fn debians_686_kernel_passes_its_self_test_on_kvm() {
 fn debians_686_pae_kernel_passes_its_self_test_on_kvm() {
     or_skip!("lab", cache::kernel_686_pae());
     debian_on_kvm("debian-686-pae");
+}
+
+/// Debian's 686 kernel reaches its userland, which switches the machine off.
+fn debian_boots(engine: &str) {
+    if !debian_is_asked_for(&format!("Debian with {engine}")) {
+        return;
+    }
+    let job = format!(
+        "subring run {engine} --kernel vmlinuz-686 --initrd initrd.gz -m 256 \
+         --append 'console=ttyS0 quiet subring.run=poweroff'"
+    );
+    let output = or_skip!("lab", lab(&["--command", &job]));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("SUBRING-USERLAND"), "{text}");
+}
+
+#[test]
+fn debians_686_kernel_boots_on_ring1() {
+    or_skip!("lab", cache::kernel_686());
+    debian_boots("--engine ring1");
+}
+
+#[test]
+fn debians_686_kernel_boots_while_it_goes_from_engine_to_engine() {
+    or_skip!("lab", cache::kernel_686());
+    debian_boots("--engine-shuffle 50");
 }
