@@ -39,7 +39,7 @@ fn short_runs() -> Result<String, SkipReason> {
                    echo START kvm; subring run --engine kvm; echo END kvm $?; \
                    echo START ring1; subring run --engine ring1; echo END ring1 $?; \
                    echo START auto; subring run --engine auto --stats; echo END auto $?; \
-                   echo START shuffle; subring run --engine-shuffle 50 --stats; echo END shuffle $?";
+                   echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?";
         let output = lab(&["--command", job])?;
         Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
             + &String::from_utf8_lossy(&output.stderr))
