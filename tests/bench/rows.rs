@@ -17,6 +17,7 @@ Runs guests/rows.c in subring, in QEMU (TCG) and on the host, alternating; print
   --kernel K        686, 686-pae or a file (686)
   --memory MIB      guest RAM (256)
   --append TEXT     added to the command line
+  --isolation MODE  subring's, limits or strict (limits)
   --row PREFIX      only rows whose names begin so
   --only WHO        subring, qemu or native: one of them alone
   --timeout SECS    for one run (300)
@@ -25,11 +26,12 @@ Runs guests/rows.c in subring, in QEMU (TCG) and on the host, alternating; print
   --markdown FILE   write the table there
 Exit codes: 0 measured and all results equal, 1 not so, 2 usage, 77 skipped.";
 
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 11] = [
     "--runs",
     "--kernel",
     "--memory",
     "--append",
+    "--isolation",
     "--row",
     "--only",
     "--timeout",
@@ -81,6 +83,7 @@ struct Setting {
     initrd: PathBuf,
     memory: String,
     cmdline: String,
+    isolation: String,
     prefix: Option<String>,
     timeout: Duration,
 }
@@ -110,13 +113,15 @@ fn measure(o: &Options) -> Result<bool, SkipReason> {
         initrd: cache::build_initrd("initrd-rows.gz", &[("bin/rows".into(), 0o755, binary)])?,
         memory: get("--memory", "256"),
         cmdline,
+        isolation: get("--isolation", "limits"),
         prefix,
         timeout: Duration::from_secs(number("--timeout", "300")?),
     };
     let only = o.get("--only");
     let mut whose: Vec<(&str, Vec<Run>)> =
         WHO.iter().filter(|w| only.is_none_or(|o| o == *w)).map(|w| (*w, Vec::new())).collect();
-    println!("{} with {} MiB, `{}`", setting.kernel.display(), setting.memory, setting.cmdline);
+    let Setting { kernel, memory, cmdline, isolation, .. } = &setting;
+    println!("{} with {memory} MiB, `{cmdline}`, isolation {isolation}", kernel.display());
     let mut good = true;
     for run in 1..=runs {
         for (who, done) in &mut whose {
@@ -171,7 +176,7 @@ fn one_run(who: &str, s: &Setting) -> Result<Result<Run, Missed>, SkipReason> {
     }
     let mut command = if who == "subring" {
         let mut command = Command::new(harness::subring_binary());
-        command.arg("run");
+        command.args(["run", "--isolation", &s.isolation]);
         command
     } else {
         let mut command = Command::new(cache::qemu()?);
