@@ -262,7 +262,7 @@ fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
         let lines = text["inline"].as_array().expect("it has what worlds did by themselves");
         let line = lines.iter().find(|line| line["instruction"] == "timer tick, in the world");
         let ticks = line.and_then(|line| line["count"].as_u64()).unwrap_or(0);
-        assert!(ticks > 50, "{ticks} ticks in 3 s: {lines:?}");
+        assert!(ticks > 5, "{ticks} ticks in 3 s: {lines:?}");
     }
 }
 
