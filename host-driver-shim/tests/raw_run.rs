@@ -2,18 +2,7 @@
 
 mod common;
 use common::*;
-use host_driver_shim::raw::{GATE, GATE_REASON};
 use host_driver_shim::world::{Backing, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
-
-/// mov dword ss:[VCPU+GATE_REASON], reason; jmp far ss:[VCPU+GATE]
-fn gate_jump(reason: u32) -> Vec<u8> {
-    let mut c = vec![0x36, 0xc7, 0x05];
-    c.extend((VCPU + GATE_REASON).to_le_bytes());
-    c.extend(reason.to_le_bytes());
-    c.extend([0x36, 0xff, 0x2d]);
-    c.extend((VCPU + GATE).to_le_bytes());
-    c
-}
 
 #[test]
 fn arithmetic_runs_and_hlt_faults_at_its_own_eip() {

@@ -238,8 +238,8 @@ static void fork_cow(u32 n) /* the child writes to each of 1,024 pages */
 }
 
 /* A ring of processes with a pipe before each; this one is number 0. Closing what it writes to ends them all. */
-static int ring_pipes[16][2];
-static long ring_pids[16];
+static int ring_pipes[500][2];
+static long ring_pids[500];
 static u32 ring_size;
 static void ring(u32 size)
 {
@@ -260,6 +260,9 @@ static void ring(u32 size)
 static void ring2(void) { ring(2); }
 static void ring8(void) { ring(8); }
 static void ring16(void) { ring(16); }
+static void ring64(void) { ring(64); }
+static void ring200(void) { ring(200); }
+static void ring500(void) { ring(500); }
 static void round_trip(u32 n)
 {
     u32 token = 0, expected = 0;
@@ -488,6 +491,9 @@ static const struct row { const char *name; void (*setup)(void), (*run)(u32), (*
     { "integer", 0, integer, 0 }, { "calls", 0, calls, 0 }, { "x87", 0, x87, 0 }, { "sse2", 0, sse2, 0 },
     { "memcpy_1mb", 0, copy, 0 }, { "sha256_16kb", 0, sha256, 0 }, { "pointer_chase", make_chain, chase, drop_area },
     { "shell_loop", 0, shell_loop, 0 }, { "gzip_512kb", make_data, gzip, drop_data },
+    /* How it grows: only where asked for. */
+    { "grow_64", ring64, round_trip, end_ring }, { "grow_200", ring200, round_trip, end_ring },
+    { "grow_500", ring500, round_trip, end_ring },
 };
 
 static u64 timed(const struct row *row, u32 n) { u64 start = now(); row->run(n); return now() - start; }
@@ -593,7 +599,7 @@ static __attribute__((used)) void start_c(long *stack)
     row_name = "checks";
     checks();
     for (u32 i = 0; i < sizeof rows / sizeof rows[0]; i++)
-        if (argc < 4 || begins(rows[i].name, argv[3])) measure(&rows[i]);
+        if (argc < 4 ? !begins(rows[i].name, "grow_") : begins(rows[i].name, argv[3])) measure(&rows[i]);
     clock_line();
     put("ROWS-END"); flush();
     quit(0);

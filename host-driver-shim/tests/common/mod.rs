@@ -3,7 +3,7 @@
 
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
-use host_driver_shim::raw::{RawEngine, RawWorld};
+use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld};
 use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
 
 pub(crate) const CODE: u32 = 0x40_0000;
@@ -66,6 +66,16 @@ pub(crate) fn regs() -> HwRegs {
     let mut regs = HwRegs { eip: CODE, eflags: 0x202, sel: [DS, CS, DS, DS, 0, 0], ..HwRegs::default() };
     regs.gpr[ESP] = STACK;
     regs
+}
+
+/// mov dword ss:[VCPU+GATE_REASON], reason; jmp far ss:[VCPU+GATE]
+pub(crate) fn gate_jump(reason: u32) -> Vec<u8> {
+    let mut c = vec![0x36, 0xc7, 0x05];
+    c.extend((VCPU + GATE_REASON).to_le_bytes());
+    c.extend(reason.to_le_bytes());
+    c.extend([0x36, 0xff, 0x2d]);
+    c.extend((VCPU + GATE).to_le_bytes());
+    c
 }
 
 pub(crate) const GP: WorldExit = WorldExit::Fault { vector: 13, error_code: 0, cr2: 0 };
