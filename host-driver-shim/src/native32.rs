@@ -173,8 +173,15 @@ impl Native32 {
         }
         check("fork", pid.into())?;
         let mut status = 0;
-        // SAFETY: `pid` is our own child and `status` is ours.
-        check("waitpid", unsafe { libc::waitpid(pid, &raw mut status, 0) }.into())?;
+        loop {
+            // SAFETY: `pid` is our own child and `status` is ours.
+            let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            // A fuzzer has signals of its own.
+            if waited != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                check("waitpid", waited.into())?;
+                break;
+            }
+        }
         if status != 0 {
             let at = shared.at.load(Ordering::Relaxed) as usize;
             let code = cases.get(at).map(|c| c.code);

@@ -125,6 +125,9 @@ enum Found {
 /// Stops in one state of a loop that changes nothing after which it is clear that it has no end.
 const LAPS: u32 = 64;
 
+/// Stops in one state after which raw mode is not getting on.
+const STUCK: u32 = 300;
+
 impl Trace {
     /// Looks for a state from `at` on. Memory, where it was kept, tells states apart that are the same.
     fn find(&self, at: usize, state: &State, memory: impl Fn() -> u64) -> Found {
@@ -475,6 +478,10 @@ pub fn follow(
             };
             stops = if to == at { stops + 1 } else { 0 };
             at = to;
+            // Nobody kicks where memory is kept: the boundaries inside a trampoline are far fewer.
+            if stops > STUCK && trace.passed[at].memory.is_some() {
+                return Err(format!("no end after {how} at {:08x}, trace {}", cpu.eip, trace.place(at)));
+            }
             if at >= trace.enough || stops > LAPS && trace.repeats(at) {
                 return Ok(());
             }
