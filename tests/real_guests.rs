@@ -227,18 +227,16 @@ fn with_reboot_a_restart_boots_again() {
 fn results_inside_the_guest_are_right() {
     for kernel in [kernel_686, kernel_pae] {
         let kernel = or_skip!("real_guests: selftest", kernel());
-        let stats = std::env::temp_dir().join(format!("subring-stats-{}.json", std::process::id()));
+        let stats = Accounting::new("selftest");
         let mut arguments = kernel.arguments(256, "quiet subring.run=selftest");
-        arguments.extend(["--stats-out".into(), stats.display().to_string()]);
+        arguments.extend(stats.arguments());
         let mut running = Running::new(Guest::spawn(arguments), kernel.name);
         running.guest.expect(USERLAND_MARKER, BOOT);
         running.guest.expect("SUBRING-SELFTEST ", BOOT);
         running.guest.expect("SUBRING-EXIT 0", SOON);
         assert!(running.guest.console().contains(SELFTEST_PASS), "{}", running.guest.console());
         assert_eq!(running.guest.wait_exit(SOON), 0);
-        let text = fs::read_to_string(&stats).expect("the accounting was written");
-        let _ = fs::remove_file(&stats);
-        let trapped = trapped(&text);
+        let trapped = trapped(&stats.read());
         assert!(trapped < TRAPPED_AT_MOST, "{trapped} sensitive instructions by host signal");
     }
 }
@@ -247,19 +245,17 @@ fn results_inside_the_guest_are_right() {
 fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
     for kernel in [kernel_686, kernel_pae] {
         let kernel = or_skip!("real_guests: idle", kernel());
-        let stats = std::env::temp_dir().join(format!("subring-idle-{}.json", std::process::id()));
+        let stats = Accounting::new("idle");
         let mut arguments = kernel.arguments(256, "quiet subring.run=idle");
-        arguments.extend(["--stats-out".into(), stats.display().to_string()]);
+        arguments.extend(stats.arguments());
         let mut guest = Guest::spawn(arguments);
         guest.expect("SUBRING-IDLE", BOOT);
         std::thread::sleep(Duration::from_secs(3));
         // A sleeping world hears a key.
         guest.send_bytes(b"\x01x");
         assert_eq!(guest.wait_exit(SOON), 0);
-        let text = fs::read_to_string(&stats).expect("the accounting was written");
-        let _ = fs::remove_file(&stats);
-        let text: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
-        let lines = text["inline"].as_array().expect("it has what worlds did by themselves");
+        let stats = stats.read();
+        let lines = stats["inline"].as_array().expect("it has what worlds did by themselves");
         let line = lines.iter().find(|line| line["instruction"] == "timer tick, in the world");
         let ticks = line.and_then(|line| line["count"].as_u64()).unwrap_or(0);
         assert!(ticks > 5, "{ticks} ticks in 3 s: {lines:?}");
@@ -271,11 +267,30 @@ fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
 const TRAPPED_AT_MOST: u64 = 3000;
 
 /// The sensitive instructions of an accounting that were met by a host signal.
-fn trapped(stats: &str) -> u64 {
-    let stats: serde_json::Value = serde_json::from_str(stats).expect("it is JSON");
+fn trapped(stats: &serde_json::Value) -> u64 {
     let exits = stats["exits"].as_array().expect("it has a list of exits");
     let by_signal = exits.iter().filter(|e| e["cause"] == "sensitive" && e["route"] == "signal");
     by_signal.map(|e| e["count"].as_u64().expect("a count")).sum()
+}
+
+/// The file a run writes its accounting to.
+struct Accounting(PathBuf);
+
+impl Accounting {
+    fn new(name: &str) -> Accounting {
+        Accounting(std::env::temp_dir().join(format!("subring-{name}-{}.json", std::process::id())))
+    }
+
+    fn arguments(&self) -> [String; 2] {
+        ["--stats-out".into(), self.0.display().to_string()]
+    }
+
+    /// What it says. The file is gone then.
+    fn read(self) -> serde_json::Value {
+        let text = fs::read_to_string(&self.0).expect("the accounting was written");
+        let _ = fs::remove_file(&self.0);
+        serde_json::from_str(&text).expect("it is JSON")
+    }
 }
 
 /// A directory everybody may read, removed at the end.

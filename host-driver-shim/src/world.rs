@@ -326,8 +326,8 @@ pub const TICK: u16 = 0xffff;
 /// are readings of the host's time-stamp counter, lengths are its counts.
 ///
 /// The tick a count written by a row with [`PortRow::unit`] ends with is the world's to deliver, by the rules of
-/// [`World::set_tick_rules`], if the guest sleeps in a [`QuickKind::Halt`] then. The next one is expected `period` later:
-/// the world comes back `after` it at the latest, and the row's `until` becomes `before` it.
+/// [`World::set_tick_rules`], if the guest sleeps in a [`QuickKind::Halt`] or runs in ring 3 then. The next one is expected
+/// `period` later: the world comes back `after` it at the latest, and the row's `until` becomes `before` it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct Guard {

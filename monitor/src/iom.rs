@@ -76,7 +76,7 @@ pub struct Look {
     pub tsc: u64,
     /// Its counts in a CLK of the 8254, 1 or more.
     pub counts_per_clk: u32,
-    /// A world is to see to it, and may deliver ticks to a guest that sleeps.
+    /// A world is to see to it, and may deliver ticks.
     pub guard: Option<Guard>,
 }
 

@@ -13,6 +13,7 @@ use crate::tm::Clock;
 use crate::trap::Trap;
 use csam::{GuestLin, GuestPhys};
 use host_driver_shim::ram::GuestRam;
+use host_driver_shim::world::Guard;
 use iced_x86::Instruction;
 use std::cell::RefCell;
 
@@ -181,6 +182,12 @@ impl Machine {
         let frame = self.tlb.get(at, Access::fetch(privilege))?;
         let phys = frame.0 + at.page_offset() as u64;
         Some(Place { phys, eip: cpu.eip, big: cpu.seg[seg::CS].big() })
+    }
+
+    /// How a world watches the time in EM's place, if one is to.
+    #[must_use]
+    pub fn guard(&self) -> Option<Guard> {
+        self.look.and_then(|look| look.guard)
     }
 
     /// Forgets walks the interpreter remembers: the guest may have flushed its TLB where the interpreter did not see it.

@@ -153,7 +153,7 @@ pub trait Engine {
     fn take_injected(&mut self) -> Option<u8> {
         None
     }
-    /// It can watch the time by itself and deliver ticks to a guest that sleeps: see [`crate::iom::Look::guard`].
+    /// It can watch the time by itself and deliver ticks: see [`crate::iom::Look::guard`].
     fn can_guard(&self) -> bool {
         false
     }

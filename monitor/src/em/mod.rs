@@ -224,8 +224,7 @@ impl Em {
                 self.m.devices_touched = true;
                 continue;
             }
-            let guard = self.m.look.and_then(|look| look.guard);
-            if self.m.devices_touched || guard.is_some_and(|guard| guard.at <= host_tsc()) {
+            if self.m.devices_touched || self.m.guard().is_some_and(|guard| guard.at <= host_tsc()) {
                 self.serve_devices();
                 if self.stop.is_some() {
                     continue;
@@ -438,7 +437,7 @@ impl Em {
                     }
                 }
                 if let Next::Instead(_, reason) = next {
-                    if self.m.look.is_some_and(|look| look.guard.is_some()) {
+                    if self.m.guard().is_some() {
                         // This one cannot.
                         self.dozes = false;
                         self.m.devices_touched = true;
@@ -637,7 +636,7 @@ impl Em {
             self.note_delivery(Event::External { vector });
         }
         let ticks = std::mem::take(&mut self.m.ticks);
-        if ticks.is_empty() && self.m.look.and_then(|look| look.guard).is_some_and(|guard| guard.at <= left) {
+        if ticks.is_empty() && self.m.guard().is_some_and(|guard| guard.at <= left) {
             // The world could not.
             self.dozes = false;
         }

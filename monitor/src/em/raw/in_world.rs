@@ -106,7 +106,7 @@ impl Space {
 
     /// Tells the world whether it is to watch the time in the run to come.
     pub fn allow_guard(&mut self, m: &Machine) {
-        let guard = m.look.and_then(|look| look.guard);
+        let guard = m.guard();
         if guard.is_some() || self.guards {
             self.world.set_guard(&guard.map(|guard| m.devices.guarded(guard)).unwrap_or_default());
             self.guards = guard.is_some();

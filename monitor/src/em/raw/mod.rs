@@ -431,7 +431,7 @@ impl RawEngine {
         self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
     }
 
-    /// Ticks worlds have delivered to a guest that slept, by themselves.
+    /// Ticks worlds have delivered to a guest that slept or was in ring 3, by themselves.
     #[must_use]
     pub fn ticks_in_worlds(&self) -> u64 {
         self.ticks
