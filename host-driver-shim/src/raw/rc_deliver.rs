@@ -147,7 +147,10 @@ impl Delivery<'_> {
     fn ring3_frame(&self) -> Option<([u32; 5], u32)> {
         let (rules, regs) = (self.rules, &self.regs);
         let same = |i: &usize| u32::from(regs.sel[*i]) == self.get(nth(HOST_RING3, *i));
+        // Ring 3 in the guest's kernel has jumped there, and gets its fault from the monitor.
+        let astray = self.guest.rules.users_below != 0 && regs.eip >= self.guest.rules.users_below;
         if rules.from_ring3 == 0
+            || astray
             || self.get(CPL) != 3
             || regs.eflags & USER_ONLY != 0
             || u32::from(regs.sel[SS]) != rules.user_ss_host

@@ -87,10 +87,8 @@ impl RawEngine {
                         }
                         _ => {}
                     }
-                } else if let Location::Trampoline { fix, .. } = self.kernel_code.locate(regs.eip)
-                    && fix.cpl == Some(3)
-                {
-                    // The end of an `iret` to ring 3.
+                } else if let Location::Trampoline { fix, .. } = self.kernel_code.locate(regs.eip) {
+                    // The end of an `iret` to ring 3, or ring 3 went astray in the kernel's code, and then its EIP is there.
                     origin = Origin::Trampoline { supervisor: fix.supervisor };
                     cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(world));
                 }
@@ -171,12 +169,23 @@ impl RawEngine {
                     .user_selectors(cpu, m, &regs, expected)
                     .map_or_else(|trap| After::Deliver(Event::Exception(trap)), |_| After::Interpret))
             }
-            (Origin::Trampoline { supervisor: true }, WorldExit::Fault { vector: 14, .. }) => {
+            (Origin::Trampoline { supervisor: true }, WorldExit::Fault { vector: 14, .. })
+                if self.astray(cpu, m).is_none() =>
+            {
                 self.user_flags(cpu, regs.eflags);
                 self.page_fault(cpu, m, Place::Kernel(number), Privilege::Supervisor, exit)
             }
             _ => self.read_back_user(cpu, m, Place::Kernel(number), &regs, expected, exit),
         }
+    }
+
+    /// The page fault of ring 3 that has jumped into the guest kernel of its joint world and ran on there, because code
+    /// segments have no limit.
+    fn astray(&self, cpu: &CpuState, m: &mut Machine) -> Option<Trap> {
+        let eip = GuestLin(cpu.eip);
+        self.boundary.filter(|&end| eip.0 >= end)?;
+        let code = walk(m, cpu, eip, Access::fetch(Privilege::User)).err()?;
+        Some(Trap::pf(code, eip.0))
     }
 
     fn read_back_kernel(
@@ -363,6 +372,10 @@ impl RawEngine {
             }
         };
         let eip = cpu.eip;
+        let astray = match (place, exit) {
+            (Place::Kernel(_), WorldExit::Fault { .. }) => self.astray(cpu, m),
+            _ => None,
+        };
         let mut record = |cause| {
             self.last = ExitRecord { cause, route: Route::Signal, eip, cpl: 3, raw: exit.into() };
         };
@@ -370,6 +383,10 @@ impl RawEngine {
             // The fault may be due to the host's idea of the segment: try again with the guest's.
             record(Cause::Segment);
             return Ok(After::Continue);
+        }
+        if let Some(trap) = astray {
+            record(Cause::GuestFault);
+            return Ok(After::Deliver(Event::Exception(trap)));
         }
         match exit {
             WorldExit::Gate { .. } => Err(WorldError::Died("ring 3 used the gate".into()).into()),

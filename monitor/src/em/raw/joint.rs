@@ -5,7 +5,9 @@
 //! `--isolation limits`: one world for each hot CR3 holds the guest's kernel and its users, as the hardware would have
 //! it. Ring 3 runs there with segments that end below the guest kernel (the *boundary*), so that system calls and their
 //! returns need no change of address space. That stops accidents, not hostile guest users: user code is not scanned and
-//! may load the host's own flat selector (`docs/decisions/0003-joint-worlds.md`). Where limits cannot tell users from the
+//! may load the host's own flat selector (`docs/decisions/0003-joint-worlds.md`). Code segments are left whole, because
+//! one with a limit slows all code down; ring 3 that is found above the boundary gets its page fault there
+//! (`docs/decisions/0007-code-segments-are-whole.md`). Where limits cannot tell users from the
 //! kernel (kernel memory below the boundary, CR0.WP clear, segments that are not flat) ring 3 still gets a world of its
 //! own.
 
@@ -14,9 +16,11 @@ use super::*;
 /// How the guest kernel is kept from its users.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Isolation {
-    /// By segment limits, in one world: fast, stops accidents.
+    /// By the limits of data segments, in one world: fast, stops accidents.
     #[default]
     Limits,
+    /// By the limits of code segments, too: a jump into the guest kernel faults where it lands.
+    LimitsCode,
     /// By worlds of their own without the guest kernel: withstands hostile guest users.
     Strict,
 }

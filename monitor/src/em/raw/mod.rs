@@ -329,6 +329,8 @@ impl RawEngine {
         let layout = Layout { hole: rules.hole, ..Layout::CANDIDATES[0] };
         host.settle(WorldLin(layout.delta))?;
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
+        let mut descriptors = Descriptors::new(rules);
+        descriptors.limit_code = isolation == Isolation::LimitsCode;
         let mut engine = RawEngine {
             host,
             code,
@@ -339,7 +341,7 @@ impl RawEngine {
             kernels: vec![kernel],
             users: Vec::new(),
             boundary: None,
-            descriptors: Descriptors::new(rules),
+            descriptors,
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline),
             user_code: UserCode::default(),

@@ -77,6 +77,8 @@ fn limit_before_hole(seg: &Segment, hole: u32) -> Option<u32> {
 /// one to another. A world is given a descriptor when it first needs it ([`Space::install`]).
 pub struct Descriptors {
     rules: SegmentRules,
+    /// Code segments of ring 3 in joint worlds end below the guest kernel, too.
+    pub limit_code: bool,
     slots: HashMap<HostSegment, u16>,
     contents: Vec<HostSegment>,
     /// Counts how often the numbering was started afresh; selectors of an older one are void.
@@ -93,7 +95,7 @@ impl Descriptors {
     /// None yet, for worlds with these rules.
     #[must_use]
     pub fn new(rules: SegmentRules) -> Descriptors {
-        Descriptors { rules, slots: HashMap::new(), contents: Vec::new(), generation: 0 }
+        Descriptors { rules, limit_code: false, slots: HashMap::new(), contents: Vec::new(), generation: 0 }
     }
 
     /// Starts the numbering afresh.
@@ -142,8 +144,11 @@ impl Descriptors {
             For::Ring0 => (rules.ring0, rules.code_ring0),
             For::Ring3 { .. } => (3, rules.code_ring3),
         };
+        let beside_kernel = matches!(whose, For::Ring3 { below: Some(_) });
         let limit = match whose {
-            For::Ring3 { below: Some(end) } if seg.base == 0 => seg.limit.min(end.wrapping_sub(1)),
+            For::Ring3 { below: Some(end) } if seg.base == 0 && (!is_cs || self.limit_code) => {
+                seg.limit.min(end.wrapping_sub(1))
+            }
             For::Ring0 if rules.hole != 0 && !is_cs => match limit_before_hole(seg, rules.hole) {
                 Some(limit) => limit,
                 // Not a byte of it can be reached; what is tried is interpreted.
@@ -165,7 +170,8 @@ impl Descriptors {
         let pages = limit > 0xf_ffff;
         let limit_field = if pages { limit >> 12 } else { limit };
         if is_cs {
-            if seg.base == 0 && limit == u32::MAX && seg.big() {
+            // Beside ring 0 its selector tells which ring it was that was interrupted.
+            if seg.base == 0 && limit == u32::MAX && seg.big() && !beside_kernel {
                 return flat_code;
             }
             return self.slot(HostSegment {
@@ -175,7 +181,8 @@ impl Descriptors {
                 code: true,
                 big: seg.big(),
                 expand_down: false,
-                rw: rules.readable_code,
+                // What it shows is the code view, and beside ring 0 the kernel's, too.
+                rw: rules.readable_code && !beside_kernel,
                 ring,
             });
         }
@@ -516,7 +523,11 @@ mod tests {
             (c.limit_in_pages, c.limit)
         };
         assert_eq!(limit(&mut d, 0, false), (true, 0xb_ffff));
+        assert_eq!(limit(&mut d, 0, true), (true, 0xf_ffff), "a limit makes code slower");
+        d.limit_code = true;
         assert_eq!(limit(&mut d, 0, true), (true, 0xb_ffff));
+        let user = d.selector(&segment(0), true, &layout, For::Ring3 { below: Some(0xc000_0000) });
+        assert_ne!(user, d.code_ring0());
         assert_eq!(limit(&mut d, 0x0804_a000, false), (true, 0xf_ffff));
         assert_eq!(d.selector(&segment(0), true, &layout, For::Ring0), d.code_ring0());
     }
