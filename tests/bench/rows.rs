@@ -17,7 +17,7 @@ Runs guests/rows.c in subring, in QEMU (TCG) and on the host, alternating; print
   --kernel K        686, 686-pae or a file (686)
   --memory MIB      guest RAM (256)
   --append TEXT     added to the command line
-  --isolation MODE  subring's, limits or strict (limits)
+  --isolation MODE  subring's, limits, limits-code or strict (limits)
   --row PREFIX      only rows whose names begin so; grow_ are rings of 64, 200 and 500 processes, else left out
   --only WHO        subring, qemu or native: one of them alone
   --timeout SECS    for one run (300)
