@@ -39,8 +39,10 @@ fn short_runs() -> Result<String, SkipReason> {
                    echo START kvm; subring run --engine kvm; echo END kvm $?; \
                    echo START ring1; subring run --engine ring1; echo END ring1 $?; \
                    echo START auto; subring run --engine auto --stats; echo END auto $?; \
-                   echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?";
-        let output = lab(&["--command", job])?;
+                   echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?; \
+                   echo START oracle; ./privileged-oracle; echo END oracle $?";
+        let oracle = env!("CARGO_BIN_EXE_privileged-oracle");
+        let output = lab(&["--add", oracle, "--command", job])?;
         Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
             + &String::from_utf8_lossy(&output.stderr))
     })
@@ -103,6 +105,14 @@ fn the_built_in_guest_passes_while_it_goes_from_engine_to_engine() {
     let text = or_skip!("lab", passes("shuffle"));
     assert!(text.contains("another engine of raw, ring1, kvm, interp"), "{text}");
     assert_ne!(gauge(&text, "handovers_between_engines"), 0, "{text}");
+}
+
+#[test]
+fn the_interpreter_does_what_kvm_does_at_every_privilege() {
+    let (text, code) = or_skip!("lab", part("oracle"));
+    println!("{text}");
+    assert_eq!(code, 0, "{text}");
+    assert!(text.trim_end().ends_with("PASS"), "it ran: {text}");
 }
 
 /// Debian's kernels take minutes under TCG.

@@ -97,13 +97,28 @@ impl Stack {
 
     /// Pushes `frame` and returns the new ESP. On error nothing was written.
     pub(crate) fn push(&self, cpu: &CpuState, env: &mut dyn Env, frame: &Frame) -> Result<u32, Trap> {
-        if !self.contiguous(frame.byte_len()) {
-            self.probe(cpu, env, frame)?;
+        let probed = if self.contiguous(frame.byte_len()) { Ok(()) } else { self.probe(cpu, env, frame) };
+        let pushed = probed.and_then(|()| {
+            self.for_each_piece(frame, |stack, offset, bytes| {
+                env.write(cpu, stack.linear(offset), bytes, stack.privilege)
+            })
+        });
+        match pushed {
+            Ok(()) => Ok(self.moved(frame.byte_len().wrapping_neg())),
+            // A processor pushes from the top: the first push that faults decides CR2.
+            Err(trap) if trap.cr2.is_some() => Err(self.first_fault(cpu, env, frame).err().unwrap_or(trap)),
+            Err(trap) => Err(trap),
         }
-        self.for_each_piece(frame, |stack, offset, bytes| {
-            env.write(cpu, stack.linear(offset), bytes, stack.privilege)
-        })?;
-        Ok(self.moved(frame.byte_len().wrapping_neg()))
+    }
+
+    /// The page fault of the first push that has one.
+    fn first_fault(&self, cpu: &CpuState, env: &mut dyn Env, frame: &Frame) -> Result<(), Trap> {
+        let size = u32::from(frame.size);
+        for n in 1..=frame.count as u32 {
+            let offset = self.esp.wrapping_sub(n * size) & self.mask();
+            env.probe_write(cpu, self.linear(offset), size, self.privilege)?;
+        }
+        Ok(())
     }
 
     /// A frame of `len` bytes below ESP does not wrap around the stack's width.

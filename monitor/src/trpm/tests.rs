@@ -540,3 +540,18 @@ mod random {
         }
     }
 }
+
+#[test]
+fn the_first_push_that_faults_decides_cr2() {
+    let (mut cpu, mut env) = machine();
+    env.put_gate(0x50, INTERRUPT_GATE32, 0, sel::CODE0, HANDLER);
+    // EFLAGS would lie in the page above, CS and EIP in the one below.
+    cpu.gpr[gpr::ESP] = STACK0 + 4;
+    let event = Event::External { vector: 0x50 };
+    env.absent.insert((STACK0 >> 12) - 1);
+    assert_eq!(refused(&cpu, &mut env, event), Trap::pf(2, STACK0 - 4));
+    env.absent.insert(STACK0 >> 12);
+    assert_eq!(refused(&cpu, &mut env, event), Trap::pf(2, STACK0));
+    cpu.gpr[gpr::ESP] = STACK0 + 12;
+    assert_eq!(refused(&cpu, &mut env, event), Trap::pf(2, STACK0 + 8));
+}

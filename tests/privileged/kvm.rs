@@ -1,0 +1,193 @@
+//! A case on KVM: its CPU into a vCPU, one KVM_RUN, and back.
+
+use super::case::{Case, End, Outcome, Port};
+use super::interpreter::landed;
+use super::setup::RAM;
+use host_driver_shim::kvm::{
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, KvmError, KvmExit,
+    KvmState, KvmVm, kvm_debugregs, kvm_dtable, kvm_segment,
+};
+use host_driver_shim::ram::GuestRam;
+use monitor::cpuid_msr::CpuPolicy;
+use monitor::cpum::{CpuState, SegAttr, Segment, Shadow, TableRegister};
+
+/// A virtual machine that is used for one case after the other.
+pub(crate) struct Kvm {
+    vm: KvmVm,
+    ram: GuestRam,
+    policy: CpuPolicy,
+    /// As the machine had it first.
+    fresh: KvmState,
+    /// As the vCPU has it.
+    held: KvmState,
+    /// Debug registers the vCPU has.
+    debug: [u32; 8],
+}
+
+fn segment(s: &Segment) -> kvm_segment {
+    let attr = s.attr.bits();
+    let bit = |n: u16| (attr >> n & 1) as u8;
+    kvm_segment {
+        base: s.base.into(),
+        limit: s.limit,
+        selector: s.selector,
+        type_: s.attr.type_bits(),
+        present: bit(7),
+        dpl: s.attr.dpl(),
+        db: bit(10),
+        s: bit(4),
+        l: 0,
+        g: u8::from(s.limit > 0xf_ffff),
+        avl: bit(8),
+        unusable: bit(7) ^ 1,
+        padding: 0,
+    }
+}
+
+fn from_segment(s: &kvm_segment) -> Segment {
+    let bits = [s.s, s.dpl & 1, s.dpl >> 1, s.present, s.avl, s.l, s.db, s.g];
+    let attr = (4..).zip(bits).fold(u16::from(s.type_ & 15), |a, (n, bit)| a | u16::from(bit & 1) << n);
+    let attr = if s.unusable != 0 { SegAttr::empty() } else { SegAttr::from_bits_truncate(attr) };
+    Segment { selector: s.selector, base: s.base as u32, limit: s.limit, attr }
+}
+
+fn into_kvm(cpu: &CpuState, fresh: &KvmState) -> KvmState {
+    let mut new = *fresh;
+    let r = &mut new.regs;
+    let g = cpu.gpr.map(u64::from);
+    (r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi) =
+        (g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]);
+    (r.rip, r.rflags) = (cpu.eip.into(), cpu.eflags.into());
+    let s = &mut new.sregs;
+    [s.es, s.cs, s.ss, s.ds, s.fs, s.gs] = cpu.seg.map(|s| segment(&s));
+    // KVM takes the CPL from here.
+    s.ss.dpl = cpu.cpl;
+    (s.ldt, s.tr) = (segment(&cpu.ldtr), segment(&cpu.tr));
+    let table = |t: TableRegister| kvm_dtable { base: t.base.into(), limit: t.limit, padding: [0; 3] };
+    (s.gdt, s.idt) = (table(cpu.gdtr), table(cpu.idtr));
+    (s.cr0, s.cr2, s.cr3, s.cr4) = (cpu.cr0.into(), cpu.cr2.into(), cpu.cr3.into(), cpu.cr4.into());
+    s.efer = cpu.msr.efer;
+    s.apic_base = 0;
+    s.interrupt_bitmap = [0; 4];
+    let e = &mut new.events;
+    *e = Default::default();
+    e.interrupt.shadow = match cpu.shadow {
+        Shadow::None => 0,
+        Shadow::Sti => KVM_X86_SHADOW_INT_STI as u8,
+        Shadow::MovSs => KVM_X86_SHADOW_INT_MOV_SS as u8,
+    };
+    e.flags = KVM_VCPUEVENT_VALID_SHADOW;
+    new
+}
+
+fn from_kvm(state: &KvmState, before: &CpuState) -> CpuState {
+    let KvmState { regs: r, sregs: s, events } = state;
+    let mut cpu = before.clone();
+    cpu.gpr = [r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi].map(|r| r as u32);
+    (cpu.eip, cpu.eflags) = (r.rip as u32, r.rflags as u32);
+    cpu.seg = [s.es, s.cs, s.ss, s.ds, s.fs, s.gs].map(|s| from_segment(&s));
+    (cpu.ldtr, cpu.tr) = (from_segment(&s.ldt), from_segment(&s.tr));
+    let table = |t: &kvm_dtable| TableRegister { base: t.base as u32, limit: t.limit };
+    (cpu.gdtr, cpu.idtr) = (table(&s.gdt), table(&s.idt));
+    (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4) = (s.cr0 as u32, s.cr2 as u32, s.cr3 as u32, s.cr4 as u32);
+    cpu.cpl = if cpu.protected() { s.ss.dpl & 3 } else { 0 };
+    cpu.shadow = if events.interrupt.shadow == 0 { Shadow::None } else { Shadow::MovSs };
+    cpu
+}
+
+impl Kvm {
+    /// Makes the machine.
+    pub(crate) fn new() -> Result<Kvm, KvmError> {
+        let ram = GuestRam::new(RAM.into()).map_err(|why| KvmError { what: "RAM", why })?;
+        let policy = CpuPolicy::host();
+        let mut vm = KvmVm::new(&ram, &policy.rows())?;
+        let fresh = vm.state()?;
+        let debug = [0; 8];
+        vm.set_debug_registers(&kvm_debugregs::default())?;
+        Ok(Kvm { vm, ram, policy, fresh, held: fresh, debug })
+    }
+
+    /// Its RAM.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Runs a case, which is in RAM. `tables`: page tables are not what they were in the case before.
+    pub(crate) fn run(&mut self, case: &Case, tables: bool) -> Result<Outcome, KvmError> {
+        if self.debug != case.cpu.dr {
+            let d = case.cpu.dr.map(u64::from);
+            let db = [d[0], d[1], d[2], d[3]];
+            self.vm.set_debug_registers(&kvm_debugregs {
+                db,
+                dr6: d[6],
+                dr7: d[7],
+                ..kvm_debugregs::default()
+            })?;
+            self.debug = case.cpu.dr;
+        }
+        let new = into_kvm(&case.cpu, &self.fresh);
+        if tables {
+            self.vm.set_state_and_flush(&new)?;
+        } else {
+            self.vm.set_state(&self.held, &new)?;
+        }
+        if let Some(vector) = case.interrupt {
+            self.vm.interrupt(vector)?;
+        }
+        let mut ports = Vec::new();
+        let end = self.follow(case, &mut ports)?;
+        self.held = self.vm.state()?;
+        let mut cpu = from_kvm(&self.held, &case.cpu);
+        if end == End::Landed && !landed(&cpu) {
+            return Err(KvmError { what: "a run", why: std::io::Error::other("it landed nowhere") });
+        }
+        let d = self.vm.debug_registers()?;
+        for (to, from) in cpu.dr.iter_mut().zip(d.db) {
+            *to = from as u32;
+        }
+        (cpu.dr[6], cpu.dr[7]) = (d.dr6 as u32, d.dr7 as u32);
+        self.debug = cpu.dr;
+        Ok(Outcome { end, cpu, ports })
+    }
+
+    fn follow(&mut self, case: &Case, ports: &mut Vec<Port>) -> Result<End, KvmError> {
+        loop {
+            match self.vm.run()? {
+                KvmExit::PortIn { port, size, count } => {
+                    ports.extend((0..count).map(|_| Port { port, size, written: None }));
+                    self.vm.answer_port(&vec![0xff; count as usize * usize::from(size)]);
+                }
+                KvmExit::PortOut { port, size, .. } => {
+                    for value in self.vm.port_data().chunks(size.into()) {
+                        let value = value.iter().rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
+                        ports.push(Port { port, size, written: Some(value) });
+                    }
+                }
+                KvmExit::ReadMsr { msr } => {
+                    let value = self.policy.rdmsr(&case.cpu, msr, 0).ok();
+                    self.vm.answer_msr(value);
+                }
+                KvmExit::WriteMsr { msr, value } => {
+                    let done = self.policy.wrmsr(&mut case.cpu.clone(), msr, value, 0);
+                    self.vm.answer_msr(done.ok().map(|_| value));
+                }
+                KvmExit::Halt => return Ok(End::Halted),
+                KvmExit::Shutdown => return Ok(End::Shutdown),
+                KvmExit::Interrupted => {}
+                KvmExit::EmulationFailed => {
+                    let state = self.vm.state()?;
+                    let at = state.sregs.cs.base.wrapping_add(state.regs.rip) as u32;
+                    if at >= RAM {
+                        return Ok(End::Landed);
+                    }
+                    return Ok(End::Lost("KVM's emulator does not know it".into()));
+                }
+                other => {
+                    // The next run would complete the access, with the next case's registers.
+                    while self.vm.complete()?.is_some() {}
+                    return Ok(End::Lost(format!("{other:?}")));
+                }
+            }
+        }
+    }
+}
