@@ -1,6 +1,7 @@
 //! Input that cannot be used and hosts that lack something: one line that says so, the documented exit code, nothing
 //! left behind.
 
+use host_driver_shim::kvm::{KvmWorth, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -188,8 +189,13 @@ fn run_args(file: &Scratch) -> Vec<String> {
 
 /// A program before subring that takes something away from it.
 fn under(before: &[&str], file: &Scratch) -> End {
+    under_with(before, &[], file)
+}
+
+/// The same with more arguments for subring.
+fn under_with(before: &[&str], more: &[&str], file: &Scratch) -> End {
     let mut command = Command::new(before[0]);
-    command.args(&before[1..]).arg(subring_binary()).args(run_args(file));
+    command.args(&before[1..]).arg(subring_binary()).args(run_args(file)).args(more);
     run_command(command, LIMIT)
 }
 
@@ -200,7 +206,16 @@ fn exists(program: &str) -> bool {
 #[test]
 fn a_host_without_modify_ldt_is_told_so() {
     let file = good_guest();
-    under(&[env!("CARGO_BIN_EXE_without-modify-ldt")], &file).expect_line(HOST_CANNOT, "modify_ldt");
+    let before = [env!("CARGO_BIN_EXE_without-modify-ldt")];
+    under(&before, &file).expect_line(HOST_CANNOT, "modify_ldt");
+    let end = under_with(&before, &["--engine", "auto"], &file);
+    if matches!(probe(), KvmWorth::Hardware { .. }) {
+        assert!(end.console.contains("modify_ldt") && end.console.contains("runs on kvm"), "{end:?}");
+        end.expect_said(event(0x40));
+    } else {
+        assert!(end.console.contains("--engine interp"), "{end:?}");
+        end.expect_line(HOST_CANNOT, "modify_ldt");
+    }
 }
 
 #[test]

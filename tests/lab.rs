@@ -40,9 +40,11 @@ fn short_runs() -> Result<String, SkipReason> {
                    echo START ring1; subring run --engine ring1; echo END ring1 $?; \
                    echo START auto; subring run --engine auto --stats; echo END auto $?; \
                    echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?; \
+                   echo START no_ldt; ./without-modify-ldt subring run; echo END no_ldt $?; \
                    echo START oracle; ./privileged-oracle; echo END oracle $?";
         let oracle = env!("CARGO_BIN_EXE_privileged-oracle");
-        let output = lab(&["--add", oracle, "--command", job])?;
+        let no_ldt = env!("CARGO_BIN_EXE_without-modify-ldt");
+        let output = lab(&["--add", oracle, "--add", no_ldt, "--command", job])?;
         Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
             + &String::from_utf8_lossy(&output.stderr))
     })
@@ -98,6 +100,12 @@ fn kvm_runs_what_raw_refuses_for_long() {
     let text = or_skip!("lab", passes("auto"));
     assert_ne!(gauge(&text, "kvm_ran_in_v86_mode"), 0, "{text}");
     assert_ne!(gauge(&text, "interpreted_in_v86_mode"), 0, "{text}");
+}
+
+#[test]
+fn kvm_runs_the_guest_where_there_is_no_raw_mode() {
+    let text = or_skip!("lab", passes("no_ldt"));
+    assert!(text.contains("modify_ldt") && text.contains("the guest runs on kvm"), "{text}");
 }
 
 #[test]

@@ -199,7 +199,23 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
 fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, Ending> {
     let mut list: Vec<Box<dyn Engine>> = Vec::new();
     if matches!(config.engine, EngineChoice::Auto | EngineChoice::Raw) {
-        list.push(Box::new(raw_engine(ram, config, cpu).map_err(|e| host_error("raw mode", &e))?));
+        let instead =
+            config.engine == EngineChoice::Auto && config.shuffle.is_none() && config.lockstep.is_none();
+        match raw_engine(ram, config, cpu) {
+            Ok(raw) => list.push(Box::new(raw)),
+            Err(why) if instead => match kvm_engine(ram, &CpuPolicy::host()) {
+                Ok(kvm) => {
+                    eprintln!("subring: there is no raw mode here ({why}): the guest runs on kvm");
+                    return Ok(Engines::new(vec![Box::new(kvm)], None));
+                }
+                Err(no_kvm) => {
+                    log::info!("without the kvm engine: {no_kvm}");
+                    let why = format!("{why}; --engine interp does without, slowly");
+                    return Err(host_error("raw mode", &why));
+                }
+            },
+            Err(why) => return Err(host_error("raw mode", &why)),
+        }
     }
     if config.engine == EngineChoice::Ring1 {
         list.push(Box::new(ring1_engine(ram, config).map_err(|e| host_error("the ring1 engine", &e))?));

@@ -10,8 +10,8 @@ mod privileged;
 
 use host_driver_shim::kvm::{KvmWorth, probe};
 use privileged::cases::GROUPS;
-use privileged::gaps;
 use privileged::rig::Rig;
+use privileged::{defects, gaps};
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -83,6 +83,11 @@ fn main() -> ExitCode {
         for line in lines.iter().step_by(step) {
             println!("   {line}");
         }
+    }
+    let missed = if only.is_none() { defects::check(&mut rig, seed, lab).unwrap() } else { Vec::new() };
+    if !missed.is_empty() {
+        println!("FAIL: deliberate defects that nothing caught: {missed:?}");
+        return ExitCode::FAILURE;
     }
     if wrong.is_empty() {
         println!("PASS");

@@ -1,10 +1,11 @@
 //! A case by the interpreter, with what raises going through TRPM as EM does it.
 
 use super::case::{Case, End, Outcome, Port};
+use super::defects::Defect;
 use super::setup::RAM;
 use host_driver_shim::ram::GuestRam;
 use monitor::cpuid_msr::CpuPolicy;
-use monitor::cpum::{CpuState, seg};
+use monitor::cpum::{CpuState, cr0, seg};
 use monitor::env::{Env, PagingChange, Privilege};
 use monitor::interp::{self, Step};
 use monitor::iom::{Devices, DevicesConfig};
@@ -20,14 +21,27 @@ const STEPS: usize = 16;
 struct Ours {
     machine: Machine,
     ports: Vec<Port>,
+    defect: Option<Defect>,
 }
 
 impl Env for Ours {
     fn read(&mut self, cpu: &CpuState, at: GuestLin, buf: &mut [u8], p: Privilege) -> Result<(), Trap> {
-        self.machine.read(cpu, at, buf, p)
+        self.machine.read(cpu, at, buf, p)?;
+        if let Some(defect) = self.defect {
+            defect.read(at.0, buf);
+        }
+        Ok(())
     }
     fn write(&mut self, cpu: &CpuState, at: GuestLin, data: &[u8], p: Privilege) -> Result<(), Trap> {
-        self.machine.write(cpu, at, data, p)
+        match self.defect {
+            Some(defect) if defect.loses(at.0, data) => Ok(()),
+            Some(Defect::WriteProtect) => {
+                let mut free = cpu.clone();
+                free.cr0 &= !cr0::WP;
+                self.machine.write(&free, at, data, p)
+            }
+            _ => self.machine.write(cpu, at, data, p),
+        }
     }
     fn probe_write(&mut self, cpu: &CpuState, at: GuestLin, len: u32, p: Privilege) -> Result<(), Trap> {
         self.machine.probe_write(cpu, at, len, p)
@@ -67,9 +81,7 @@ pub(crate) struct Interpreter(Ours);
 
 /// What the CPU stands before cannot be executed.
 pub(crate) fn landed(cpu: &CpuState) -> bool {
-    cpu.eip <= cpu.seg[seg::CS].limit
-        && cpu.linear_eip() >= RAM
-        && (!cpu.paging() || cpu.linear_eip() < 1 << 22)
+    cpu.eip <= cpu.seg[seg::CS].limit && cpu.linear_eip() >= RAM
 }
 
 impl Interpreter {
@@ -78,7 +90,12 @@ impl Interpreter {
         let ram = GuestRam::new(RAM.into())?;
         let devices = Devices::new(DevicesConfig { ram_bytes: RAM.into(), ..DevicesConfig::default() });
         let machine = Machine::new(ram, devices, CpuPolicy::host(), Clock::host());
-        Ok(Interpreter(Ours { machine, ports: Vec::new() }))
+        Ok(Interpreter(Ours { machine, ports: Vec::new(), defect: None }))
+    }
+
+    /// From here on this is wrong with it.
+    pub(crate) fn set_defect(&mut self, defect: Option<Defect>) {
+        self.0.defect = defect;
     }
 
     /// Its RAM.
@@ -107,7 +124,13 @@ fn follow(cpu: &mut CpuState, env: &mut Ours, interrupt: Option<u8>) -> End {
     }
     for _ in 0..STEPS {
         if landed(cpu) {
-            return End::Landed;
+            match env.fetch_fault(cpu, GuestLin(cpu.linear_eip())) {
+                None => return End::Landed,
+                Some(trap) if trpm::deliver(cpu, env, Event::Exception(trap)).is_err() => {
+                    return End::Shutdown;
+                }
+                Some(_) => continue,
+            }
         }
         let start = cpu.eip;
         match interp::step(cpu, env) {

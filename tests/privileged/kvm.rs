@@ -8,8 +8,12 @@ use host_driver_shim::kvm::{
     KvmState, KvmVm, kvm_debugregs, kvm_dtable, kvm_segment,
 };
 use host_driver_shim::ram::GuestRam;
+use host_driver_shim::world::Kicker;
 use monitor::cpuid_msr::CpuPolicy;
 use monitor::cpum::{CpuState, SegAttr, Segment, Shadow, TableRegister};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// A virtual machine that is used for one case after the other.
 pub(crate) struct Kvm {
@@ -22,6 +26,30 @@ pub(crate) struct Kvm {
     held: KvmState,
     /// Debug registers the vCPU has.
     debug: [u32; 8],
+    /// How many cases have begun: a thread watches that they end.
+    begun: Arc<AtomicU64>,
+}
+
+/// How long a case may take at least before it is given up.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Kicks the vCPU out of a case that does not end. The thread ends when the machine has gone.
+fn watch(vm: &KvmVm) -> Arc<AtomicU64> {
+    let begun = Arc::<AtomicU64>::default();
+    let (kicker, seen) = (vm.kicker(), Arc::downgrade(&begun));
+    std::thread::spawn(move || {
+        let mut last = 0;
+        while let Some(begun) = seen.upgrade() {
+            let now = begun.load(Ordering::Relaxed);
+            if now == last {
+                kicker.kick();
+            }
+            last = now;
+            drop(begun);
+            std::thread::sleep(PATIENCE);
+        }
+    });
+    begun
 }
 
 fn segment(s: &Segment) -> kvm_segment {
@@ -104,7 +132,8 @@ impl Kvm {
         let fresh = vm.state()?;
         let debug = [0; 8];
         vm.set_debug_registers(&kvm_debugregs::default())?;
-        Ok(Kvm { vm, ram, policy, fresh, held: fresh, debug })
+        let begun = watch(&vm);
+        Ok(Kvm { vm, ram, policy, fresh, held: fresh, debug, begun })
     }
 
     /// Its RAM.
@@ -151,6 +180,8 @@ impl Kvm {
     }
 
     fn follow(&mut self, case: &Case, ports: &mut Vec<Port>) -> Result<End, KvmError> {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        let began = Instant::now();
         loop {
             match self.vm.run()? {
                 KvmExit::PortIn { port, size, count } => {
@@ -173,7 +204,8 @@ impl Kvm {
                 }
                 KvmExit::Halt => return Ok(End::Halted),
                 KvmExit::Shutdown => return Ok(End::Shutdown),
-                KvmExit::Interrupted => {}
+                KvmExit::Interrupted if began.elapsed() < PATIENCE => {}
+                KvmExit::Interrupted => return Ok(End::Lost("it does not end".into())),
                 KvmExit::EmulationFailed => {
                     let state = self.vm.state()?;
                     let at = state.sregs.cs.base.wrapping_add(state.regs.rip) as u32;

@@ -1,13 +1,14 @@
 //! Both sides of a case.
 
 use super::case::{Case, Difference, End, Outcome, Place, compare};
+use super::defects::Defect;
 use super::interpreter::Interpreter;
 use super::kvm::Kvm;
 use super::setup::{self, DATA, GDT, IDT, LDT, PAGE_DIRECTORY, PAGE_TABLE, RAM, STACKS, TSS32};
 use host_driver_shim::kvm::KvmError;
 
 /// Where cases write: compared each time.
-const BUSY: [(u32, u32); 8] = [
+const BUSY: [(u32, u32); 10] = [
     (GDT, IDT),
     (LDT, LDT + 0x100),
     (TSS32, TSS32 + 0x600),
@@ -16,6 +17,8 @@ const BUSY: [(u32, u32); 8] = [
     (STACKS + 0x2380, STACKS + 0x2c80),
     (STACKS + 0x3380, STACKS + 0x3c80),
     (DATA, DATA + 0x100),
+    (PAGE_TABLE, PAGE_TABLE + 0x40),
+    (PAGE_DIRECTORY, PAGE_DIRECTORY + 0x40),
 ];
 /// Once in so many cases all of RAM is compared: reading it is what costs most.
 const ALL: u64 = 64;
@@ -53,6 +56,11 @@ impl Rig {
         Ok(Rig { ours, kvm, base, words, count: 0, tables: false })
     }
 
+    /// From here on this is wrong with the interpreter.
+    pub(crate) fn set_defect(&mut self, defect: Option<Defect>) {
+        self.ours.set_defect(defect);
+    }
+
     /// Runs a case on both sides. None: it ran into RAM, where it does not end.
     pub(crate) fn run(&mut self, case: &Case) -> Result<Option<Result2>, KvmError> {
         let mut tables = false;
@@ -78,7 +86,11 @@ impl Rig {
         let everywhere = [(0, RAM)];
         // Handlers beyond their segment's limit fault until the stack is all over RAM.
         let ranges =
-            if case.beyond_limit || self.count.is_multiple_of(ALL) { &everywhere[..] } else { &BUSY };
+            if case.beyond_limit || matches!(theirs.end, End::Lost(_)) || self.count.is_multiple_of(ALL) {
+                &everywhere[..]
+            } else {
+                &BUSY
+            };
         for &(from, to) in ranges {
             self.compare_memory(from, to, |at, a, b, before| {
                 if !shut_down && differences.len() < 60 {

@@ -3,6 +3,7 @@
 mod events;
 mod inspect;
 mod irets;
+pub(crate) mod pages;
 mod ports_and_flags;
 mod segments;
 mod system;
@@ -29,6 +30,7 @@ pub(crate) const GROUPS: &[Group] = &[
     Group { name: "events", cases: events::cases },
     Group { name: "tasks", cases: tasks::cases },
     Group { name: "system", cases: system::cases },
+    Group { name: "pages", cases: pages::cases },
     Group { name: "ports and flags", cases: ports_and_flags::cases },
 ];
 

@@ -1,14 +1,15 @@
 //! Far `jmp`, `call` and `ret`: directly, through call gates, to outer rings.
 
 use super::super::case::Case;
-use super::super::setup::{self, GDT, TARGET, TARGET16, TSS16, TSS32, gate, sel};
+use super::super::setup::{self, DATA, GDT, TARGET, TARGET16, TSS16, TSS32, gate, sel};
 use super::{any_mode, likely, protected, ring, selector};
-use monitor::cpum::{CpuState, gpr};
+use monitor::cpum::{CpuState, eflags, gpr};
 use subring_tests::ring0_code::Random;
 
 /// `jmp` or `call` to selector:offset, in the other operand size if `other`.
 fn far(name: &'static str, cpu: CpuState, selector: u16, other: bool) -> Case {
-    let opcode = if name.starts_with("jmp") { 0xea } else { 0x9a };
+    let jmp = name.starts_with("jmp");
+    let opcode = if jmp { 0xea } else { 0x9a };
     let mut code = if other { vec![0x66, opcode] } else { vec![opcode] };
     if cpu.seg[1].big() != other {
         code.extend(TARGET.to_le_bytes());
@@ -17,7 +18,13 @@ fn far(name: &'static str, cpu: CpuState, selector: u16, other: bool) -> Case {
     }
     let eip = if cpu.seg[1].big() != other { TARGET } else { TARGET16 };
     code.extend(selector.to_le_bytes());
-    Case::new(name, cpu, &code).note(format!("{selector:04x}")).target(selector, eip)
+    let pointer = code[1 + usize::from(other)..].to_vec();
+    if selector & 8 != 0 && cpu.eflags & eflags::PF != 0 {
+        // The same through memory: [ebx] or [bx].
+        let modrm = if jmp { 0x28 } else { 0x18 } | if cpu.seg[1].big() { 3 } else { 7 };
+        code = if other { vec![0x66, 0xff, modrm] } else { vec![0xff, modrm] };
+    }
+    Case::new(name, cpu, &code).put(DATA, &pointer).note(format!("{selector:04x}")).target(selector, eip)
 }
 
 /// `ret` far, with `release` bytes, in the other operand size if `other`; what is on the stack.
