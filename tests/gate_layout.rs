@@ -18,6 +18,7 @@ fn the_shim_and_patm_agree_on_the_gate() {
         (rc::HOST_RING0, vcpu_page::HOST_RING0),
         (rc::HOST_RING3, vcpu_page::HOST_RING3),
         (rc::REFILL, vcpu_page::REFILL),
+        (rc::REFLECTED, vcpu_page::REFLECTED),
     ];
     for (shim, patm) in shared {
         assert_eq!(shim, patm);

@@ -22,6 +22,7 @@ fn patch_all(image: &Image) -> (Patm, Routes) {
         tramp_len: 16 << 20,
         vcpu_base: 0xffe0_0000,
         count_inline: false,
+        ring: 3,
     });
     let view = MapView {
         map: &map,

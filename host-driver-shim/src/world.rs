@@ -15,6 +15,9 @@ bitflags! {
         const WRITE = 2;
         /// Instructions may be fetched.
         const EXEC = 4;
+        /// Guest ring 3 may do so, too. Without it only ring 0, in worlds that tell rings apart by pages
+        /// ([`SegmentRules::pages`]); and such a ring 0 executes nothing that has it.
+        const USER = 8;
     }
 }
 
@@ -92,12 +95,24 @@ pub struct SegmentRules {
     pub hole: u32,
     /// Code segments of guest ring 0 may be readable.
     pub readable_code: bool,
+    /// In a world that holds both, pages tell ring 3 from ring 0 ([`Prot::USER`]), and limits need not.
+    pub pages: bool,
+    /// `int n` of ring 3 is #GP with the error code 8 n + 2 for every n but 3 and 4 (SDM vol. 3, 6.13), and the host
+    /// does not answer it.
+    pub int_faults: bool,
 }
 
 impl SegmentRules {
     /// Those of `raw`: all guest code is in ring 3, with the host's own flat code segment (GDT entry 4, RPL 3).
-    pub const RAW: SegmentRules =
-        SegmentRules { ring0: 3, code_ring0: 0x23, code_ring3: 0x23, hole: 0, readable_code: true };
+    pub const RAW: SegmentRules = SegmentRules {
+        ring0: 3,
+        code_ring0: 0x23,
+        code_ring3: 0x23,
+        hole: 0,
+        readable_code: true,
+        pages: false,
+        int_faults: false,
+    };
 }
 
 /// A segment descriptor to install in a world's LDT, always present.
@@ -412,6 +427,13 @@ pub trait World {
     }
     /// Says who watches the time in the next run. Only for worlds that [can](World::can_guard).
     fn set_guard(&mut self, _guard: &Guard) {}
+    /// Lets the world send `int vector` of ring 3 to the guest's handler by itself from the next run on, if `ready`. A world
+    /// that cannot do that, or whose trampolines do, ignores it.
+    fn set_call_rules(&mut self, _vector: u8, _rules: &DeliveryRules) {}
+    /// How many of those the world says it has sent, ever (wraps).
+    fn calls_done(&self) -> u32 {
+        0
+    }
     /// How many page faults the world says it has delivered to the guest, ever (wraps).
     fn faults_delivered(&self) -> u32 {
         0

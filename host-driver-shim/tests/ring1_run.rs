@@ -182,9 +182,9 @@ fn mapping_commands_take_effect_in_order_before_the_next_instruction() {
         let at = WorldLin(DATA);
         for round in 0..100u64 {
             let (now, value) = if round % 2 == 0 { (0x6000, 6) } else { (0x5000, 5) };
-            g.world.map(at, 0x1000, Backing::Ram(0x5000), Prot::READ).unwrap();
+            g.world.map(at, 0x1000, Backing::Ram(0x5000), prot(g.ring, Prot::READ)).unwrap();
             g.world.unmap(at, 0x1000).unwrap();
-            g.world.map(at, 0x1000, Backing::Ram(now), Prot::READ).unwrap();
+            g.world.map(at, 0x1000, Backing::Ram(now), prot(g.ring, Prot::READ)).unwrap();
             let mut r = g.regs();
             assert_eq!((g.run(&mut r), r.gpr[EAX]), (GP, value));
         }
@@ -252,6 +252,47 @@ fn a_kick_ends_a_loop_of_the_guest_and_comes_before_it_begins() {
             thread.join().unwrap();
         }
         assert_ne!(r.gpr[EAX], 0, "twenty times 5 ms and not one turn");
+    });
+}
+
+#[test]
+fn a_kick_on_the_way_into_another_world_leaves_each_its_own_tables() {
+    in_both_rings(|mut g| {
+        // mov eax, [DATA]; hlt
+        let mut code = g.at(&[0xa1], DATA);
+        code.push(0xf4);
+        g.put(&code);
+        g.ram.write_u32(0x1000, 1).unwrap();
+        g.ram.write_u32(0x5000, 2).unwrap();
+        let mut other = g.engine.spawn_world().unwrap();
+        other.map(WorldLin(CODE), 4096, Backing::Code(g.code_page), prot(g.ring, Prot::EXEC)).unwrap();
+        other.map(WorldLin(DATA), 4096, Backing::Ram(0x5000), prot(g.ring, Prot::READ)).unwrap();
+        other.set_segment(FLAT, flat(g.ring, if g.ring == 1 { END } else { 0 })).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let kickers = [g.world.kicker(), other.kicker()];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Not for ever, should the other thread fail.
+                for _ in (0..100_000).take_while(|_| !stop.load(std::sync::atomic::Ordering::Relaxed)) {
+                    kickers.iter().for_each(|k| k.kick());
+                    std::thread::sleep(std::time::Duration::from_micros(50));
+                }
+            });
+            for round in 0..500 {
+                let (world, value) = if round % 2 == 0 { (&mut g.world, 1) } else { (&mut other, 2) };
+                let mut r = HwRegs { eip: CODE, eflags: 0x202, ..HwRegs::default() };
+                let rules = Ring1Engine::segment_rules();
+                let cs = if g.ring == 1 { rules.code_ring0 } else { rules.code_ring3 };
+                let ds = FLAT << 3 | 4 | u16::from(g.ring);
+                r.sel = [ds, cs, ds, ds, 0, 0];
+                let mut exit = WorldExit::Kick;
+                while exit == WorldExit::Kick {
+                    exit = world.run(&mut r).unwrap();
+                }
+                assert_eq!((exit, r.gpr[EAX]), (GP, value), "round {round}");
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     });
 }
 
@@ -342,7 +383,7 @@ fn a_world_may_go_while_the_cpu_still_has_its_tables() {
             // Its pages are used again.
             let (mut world, ring) = (g.engine.spawn_world().unwrap(), g.ring);
             std::mem::swap(&mut g.world, &mut world);
-            g.world.map(WorldLin(CODE), 4096, Backing::Code(g.code_page), Prot::READ | Prot::EXEC).unwrap();
+            g.world.map(WorldLin(CODE), 4096, Backing::Code(g.code_page), prot(g.ring, Prot::EXEC)).unwrap();
             g.world.set_segment(FLAT, flat(ring, if ring == 1 { END } else { 0 })).unwrap();
             assert_eq!(g.run_code(&[0xf4]).0, GP);
         }

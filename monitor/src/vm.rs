@@ -11,7 +11,7 @@ use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
 use crate::em::kvm::KvmEngine;
 use crate::em::lockstep::{Difference, Lockstep};
 use crate::em::placement::Placement;
-use crate::em::raw::{Isolation, RawEngine};
+use crate::em::raw::RawEngine;
 use crate::em::{Em, Stop, dump};
 use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
@@ -277,6 +277,5 @@ fn ring1_engine(ram: &GuestRam, config: &RunConfig) -> Result<RawEngine, String>
     let code = CodeMemory::new(CODE_MEMORY).map_err(|e| format!("code memory: {e}"))?;
     let host = Ring1Engine::new(ram, &code).map_err(|e: WorldError| e.to_string())?;
     let count_inline = config.stats || config.stats_out.is_some();
-    // The hardware keeps the rings apart, in worlds of their own: transitions between them in line are `raw`'s.
-    RawEngine::new(Box::new(host), code, count_inline, Isolation::Strict).map_err(|e| e.to_string())
+    RawEngine::new(Box::new(host), code, count_inline, config.isolation).map_err(|e| e.to_string())
 }

@@ -64,6 +64,8 @@ pub fn counter(kind: Kind) -> u32 {
 pub(crate) struct Context {
     pub(crate) site_id: u32,
     pub(crate) count: bool,
+    /// The hardware ring of guest ring 0.
+    pub(crate) ring: u8,
 }
 
 /// Emits the site `insn`; `begin` has been called. Returns how it is done and whether execution may go on behind it.
@@ -283,7 +285,7 @@ fn iret(e: &mut Emitter, cx: &Context) -> (Route, bool) {
     e.page_op(&[0xff], 4, page::SCRATCH_TARGET); // jmp [target]
     e.bind(user);
     e.state = at_user;
-    transition::enter_user(e, slow, cx.count);
+    transition::enter_user(e, slow, cx);
     (Route::InLine, false)
 }
 

@@ -233,7 +233,7 @@ impl Patm {
         let mut goes_on = true;
         let mut site = |e: &mut Emitter, insn: &Insn, kind: SensitiveKind| {
             let id = self.next_site + sites.len() as u32;
-            let cx = inline::Context { site_id: id, count: self.config.count_inline };
+            let cx = inline::Context { site_id: id, count: self.config.count_inline, ring: self.config.ring };
             let (route, goes_on) = inline::emit(e, insn, kind, &cx);
             sites.push(SiteRef {
                 at: GuestLin(insn.at),

@@ -15,6 +15,8 @@ pub struct Config {
     pub vcpu_base: u32,
     /// In-line trampolines count their executions in the vCPU page.
     pub count_inline: bool,
+    /// The hardware ring that guest ring 0 runs in: 3, as its users', or 1.
+    pub ring: u8,
 }
 
 /// Names a patch; never used twice by one [`crate::Patm`].

@@ -14,7 +14,7 @@
 //! itself writes three words into its own memory, or faults, and then its `int n` is left to the monitor.
 
 use crate::emit::{Cond, EAX, ECX, ESP, Emitter, Label};
-use crate::inline::{HELD_BACK, IRET_CLEAR, counter};
+use crate::inline::{Context, HELD_BACK, IRET_CLEAR, counter};
 use crate::insn::Insn;
 use crate::map::{CS, DATA_SEGMENTS, Finish, IF, IOPL, NATIVE, SS};
 use crate::vcpu_page as page;
@@ -51,7 +51,9 @@ fn supervisor(e: &mut Emitter, bytes: &[u8]) {
 ///
 /// An EIP behind the limit of the host's CS faults at the far jump, when the return is committed: for the guest, whose
 /// limit is larger, that is a fault of ring 3 at the target.
-pub(crate) fn enter_user(e: &mut Emitter, slow: Label, count: bool) {
+pub(crate) fn enter_user(e: &mut Emitter, slow: Label, cx: &Context) {
+    // With rings of its own the hardware must do the change: a far jump goes to no other ring.
+    let by_iret = cx.ring != 3;
     let and_eax = |e: &mut Emitter, mask: u32| e.op_parts(&[&[0x25], &mask.to_le_bytes()]);
     e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]: EFLAGS
     and_eax(e, IRET_CLEAR | USER_ONLY | IF);
@@ -74,11 +76,20 @@ pub(crate) fn enter_user(e: &mut Emitter, slow: Label, count: bool) {
     check_descriptor(e, page::USER_SS_DESC_AT, page::USER_SS_DESC_LOW, slow);
     e.op(&[0x8b, 0x04, 0x24]); // mov eax, [esp]: EIP
     e.store(page::USER_CS_HOST, EAX);
+    if by_iret {
+        e.store(page::USER_FRAME, EAX);
+    }
     e.op(&[0x8b, 0x44, 0x24, 0x0c]); // mov eax, [esp + 12]: ESP
     e.store(page::USER_SS_HOST, EAX);
+    if by_iret {
+        e.store(page::USER_FRAME + 12, EAX);
+    }
     e.op(&[0x8b, 0x44, 0x24, 0x08]); // mov eax, [esp + 8]
     and_eax(e, NATIVE);
     e.store(page::SCRATCH_IMAGE, EAX);
+    if by_iret {
+        e.store(page::USER_FRAME + 8, EAX);
+    }
     e.save(ECX);
     e.commit(0);
     e.state.to_target = true;
@@ -106,11 +117,16 @@ pub(crate) fn enter_user(e: &mut Emitter, slow: Label, count: bool) {
     e.store(page::SELECTORS + 4 * SS, ECX);
     e.store_imm(page::IF_FLAG, IF);
     e.store_imm(page::CPL, 3);
-    if count {
+    if cx.count {
         e.count(counter(Kind::Iret));
     }
     e.restore(ECX);
     e.restore(EAX);
+    if by_iret {
+        e.point_esp_at(page::USER_FRAME);
+        e.op(&[0xcf]); // iretd; IF stays as it is where CPL > IOPL
+        return;
+    }
     e.point_esp_at(page::SCRATCH_IMAGE);
     e.op(&[0x9d]); // popfd
     e.state.restore_image = false;

@@ -136,6 +136,11 @@ pub const GATE_TARGET: u32 = KERNEL_CS_HOST;
 /// Not 0: `iret` to ring 3 leaves by the gate, so that the page whose fault it returns from can be mapped on the way.
 /// Written and understood by the world's runtime. u32.
 pub const REFILL: u32 = 0x3e0;
+/// What the hardware's `iret` takes to ring 3 where it has a ring of its own: EIP, CS, EFLAGS, ESP, SS. The monitor writes
+/// the (host) selectors, the trampoline the rest. Five u32.
+pub const USER_FRAME: u32 = 0x3e4;
+/// How many events the engine's own ring 0 has sent to the guest's handlers by itself, ever (wraps). u32.
+pub const REFLECTED: u32 = 0x3f8;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):
 /// u32 descriptor low, u32 descriptor high (as read from the guest's GDT when the monitor cached it), u32 host selector
 /// for guest ring 0, and a u32 which is 0 for an invalid entry, else 1 in its lower half and in its upper half what

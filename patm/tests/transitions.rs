@@ -191,7 +191,7 @@ fn kernel() -> (Scanned, Patm) {
 }
 
 fn user_config() -> Config {
-    Config { tramp_base: 0xa000_0000, tramp_len: 16 << 20, vcpu_base: USER_VCPU, count_inline: true }
+    Config { tramp_base: 0xa000_0000, tramp_len: 16 << 20, vcpu_base: USER_VCPU, count_inline: true, ring: 3 }
 }
 
 /// Ring-3 code at `at`, scanned from `entries`.

@@ -4,7 +4,7 @@
 //! What it does is what the monitor's `trpm` does through a 32-bit interrupt or trap gate to flat ring-0
 //! code, from ring 0 or from ring 3 through the TSS (SDM Vol. 3A, 6.12.1). The monitor says by
 //! [`DeliveryRules`] what it found in the guest's tables; that it is there still is checked here. Whatever else is the
-//! case is left to the monitor, with nothing changed.
+//! case is left to the monitor, with nothing changed. [`Side`] is what differs between the engines that do it.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -30,6 +30,8 @@ pub const HOST_RING3: u32 = 0x340;
 /// As [`CPL`]. Guest linear page of the fault last delivered from ring 3, with [`REFILL_WRITE`] if it was a write; bit 0
 /// is set, so it is never 0.
 pub const REFILL: u32 = 0x3e0;
+/// As [`CPL`].
+pub const REFLECTED: u32 = 0x3f8;
 /// In [`REFILL`].
 pub(crate) const REFILL_WRITE: u32 = 2;
 const PF_WRITE: u32 = 2;
@@ -41,14 +43,14 @@ const DATA: [usize; 4] = [0, 3, 4, 5];
 const ESP: usize = 4;
 
 /// The arithmetic flags and DF, which are the hardware's own.
-const NATIVE: u32 = 0xcd5;
-const FIXED: u32 = 2;
-const IF: u32 = 0x200;
-const IOPL: u32 = 0x3000;
+pub(crate) const NATIVE: u32 = 0xcd5;
+pub(crate) const FIXED: u32 = 2;
+pub(crate) const IF: u32 = 0x200;
+pub(crate) const IOPL: u32 = 0x3000;
 const NT: u32 = 0x4000;
 const RF: u32 = 0x1_0000;
 /// TF, NT, AC, ID: with one of them set in ring 3 the monitor delivers.
-const USER_ONLY: u32 = 0x100 | NT | 0x4_0000 | 0x20_0000;
+pub(crate) const USER_ONLY: u32 = 0x100 | NT | 0x4_0000 | 0x20_0000;
 /// Flags the hardware has while guest code runs: always IF.
 const HOST_IF: u32 = IF;
 
@@ -60,24 +62,36 @@ pub fn has_cs_prefix(byte: impl FnMut(u32) -> Option<u8>) -> bool {
     (0..4).map_while(byte).take_while(prefix).any(|b| b == 0x2e)
 }
 
+/// What the world's side of an engine has to deliver with: guest RAM (also where the guest's tables are), and the vCPU page.
+pub(crate) trait Side: Tables {
+    /// Writes to this frame are the monitor's business.
+    fn is_watched(&self, pfn: u64) -> bool;
+    /// Writes an aligned u32 of guest RAM.
+    fn write(&self, at: u64, value: u32);
+    /// A word of the vCPU page.
+    fn get(&self, offset: u32) -> u32;
+    /// The same, to write it.
+    fn set(&self, offset: u32, value: u32);
+}
+
 /// Guest memory by guest linear address, with supervisor rights.
-struct Guest<'a> {
-    ram: &'a Ram,
+struct Guest<'a, S> {
+    side: &'a S,
     rules: &'a FillRules,
 }
 
-impl Guest<'_> {
+impl<S: Side> Guest<'_, S> {
     fn at(&self, lin: u32, write: bool) -> Option<u64> {
-        let page = walk(self.ram, self.rules, lin, write, false)?;
-        if !lin.is_multiple_of(4) || write && self.ram.is_watched(page.frame >> 12) {
+        let page = walk(self.side, self.rules, lin, write, false)?;
+        if !lin.is_multiple_of(4) || write && self.side.is_watched(page.frame >> 12) {
             return None;
         }
         Some(page.frame | u64::from(lin & 0xfff))
     }
     fn read(&self, lin: u32) -> Option<u32> {
-        self.ram.read(self.at(lin, false)?)
+        self.side.read(self.at(lin, false)?)
     }
-    /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `deliver` was told.
+    /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `page_fault` was told.
     fn names_cs(&self, eip: u32) -> bool {
         let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
         has_cs_prefix(|i| byte(eip.wrapping_add(i)))
@@ -92,9 +106,7 @@ impl Guest<'_> {
             }
         }
         for (at, value) in places.iter().zip(frame) {
-            if let Some(w) = self.ram.word(*at) {
-                w.store(*value, Relaxed);
-            }
+            self.side.write(*at, *value);
         }
         true
     }
@@ -105,10 +117,9 @@ impl Guest<'_> {
 }
 
 /// What a delivery works with.
-struct Delivery<'a> {
-    a: *mut Arena,
+struct Delivery<'a, S> {
     rules: &'a DeliveryRules,
-    guest: Guest<'a>,
+    guest: Guest<'a, S>,
     regs: HwRegs,
 }
 
@@ -117,14 +128,12 @@ fn nth(offset: u32, i: usize) -> u32 {
     offset + 4 * i as u32
 }
 
-impl Delivery<'_> {
-    /// A word of the vCPU page.
-    fn word(&self, offset: u32) -> &AtomicU32 {
-        // SAFETY: who makes a Delivery is in a world with this arena.
-        unsafe { vcpu_word(self.a, offset) }
-    }
+impl<S: Side> Delivery<'_, S> {
     fn get(&self, offset: u32) -> u32 {
-        self.word(offset).load(Relaxed)
+        self.guest.side.get(offset)
+    }
+    fn set(&self, offset: u32, value: u32) {
+        self.guest.side.set(offset, value);
     }
     /// The flags the guest sees that are the hardware's own.
     fn visible(&self) -> u32 {
@@ -169,24 +178,138 @@ impl Delivery<'_> {
     }
     /// Ring 0's segments instead of ring 3's.
     fn leave_ring3(&mut self) {
-        self.word(nth(SELECTORS, SS)).store(self.rules.ss, Relaxed);
-        self.word(CPL).store(0, Relaxed);
-        self.word(HIDDEN_FLAGS).store(self.get(HIDDEN_FLAGS) & IOPL, Relaxed);
+        self.set(nth(SELECTORS, SS), self.rules.ss);
+        self.set(CPL, 0);
+        self.set(HIDDEN_FLAGS, self.get(HIDDEN_FLAGS) & IOPL);
         self.regs.sel[SS] = self.rules.ss_host as u16;
         for i in DATA {
             self.regs.sel[i] = self.get(nth(HOST_RING0, i)) as u16;
         }
     }
     /// The handler is what runs next, on this stack.
-    fn enter(mut self, esp: u32) {
-        self.word(nth(SELECTORS, CS)).store(self.rules.cs, Relaxed);
-        self.word(IF_FLAG).store(self.get(IF_FLAG) & self.rules.if_mask, Relaxed);
+    fn enter(mut self, esp: u32) -> HwRegs {
+        self.set(nth(SELECTORS, CS), self.rules.cs);
+        self.set(IF_FLAG, self.get(IF_FLAG) & self.rules.if_mask);
         self.regs.eflags = self.visible() | HOST_IF;
         self.regs.sel[CS] = self.rules.cs_host as u16;
         self.regs.gpr[ESP] = esp;
         self.regs.eip = self.rules.target;
-        // SAFETY: who makes a Delivery is in a world with this arena, which has the turn: only we touch its registers.
-        unsafe { (&raw mut (*self.a).regs).write_volatile(self.regs) };
+        self.regs
+    }
+    /// See [`interrupt`].
+    fn interrupt(mut self, behind: Option<u32>) -> Option<HwRegs> {
+        if !self.holds() || self.get(IF_FLAG) & IF == 0 {
+            return None;
+        }
+        if let Some(eip) = behind {
+            let hidden = self.get(HIDDEN_FLAGS);
+            let esp = self.regs.gpr[ESP].wrapping_sub(12);
+            let frame = [eip, self.get(nth(SELECTORS, CS)), self.visible() | hidden | IF];
+            if self.get(CPL) != 0 || hidden & NT != 0 || !self.guest.push(esp, &frame) {
+                return None;
+            }
+            return Some(self.enter(esp));
+        }
+        let (frame, esp0) = self.ring3_frame().filter(|_| self.is_from_ring3())?;
+        let esp = esp0.wrapping_sub(20);
+        if !self.guest.push(esp, &frame) {
+            return None;
+        }
+        self.leave_ring3();
+        Some(self.enter(esp))
+    }
+    /// See [`page_fault`].
+    fn page_fault(mut self, fault: &PageFault) -> Option<HwRegs> {
+        let &PageFault { error_code, lin, fetch } = fault;
+        if !self.holds() {
+            return None;
+        }
+        let esp;
+        if self.is_from_ring3() {
+            if !fetch && self.guest.names_cs(self.regs.eip) {
+                return None;
+            }
+            let ([eip, cs, flags, user_esp, user_ss], esp0) = self.ring3_frame()?;
+            esp = esp0.wrapping_sub(24);
+            if !self.guest.push(esp, &[error_code, eip, cs, flags | RF, user_esp, user_ss]) {
+                return None;
+            }
+            self.leave_ring3();
+        } else {
+            let hidden = self.get(HIDDEN_FLAGS);
+            if self.get(CPL) != 0 || u32::from(self.regs.sel[CS]) != self.rules.cs_host || hidden & NT != 0 {
+                return None;
+            }
+            esp = self.regs.gpr[ESP].wrapping_sub(16);
+            let flags = self.visible() | hidden | self.get(IF_FLAG) & IF | RF;
+            let cs = self.get(nth(SELECTORS, CS));
+            if !self.guest.push(esp, &[error_code, self.regs.eip, cs, flags]) {
+                return None;
+            }
+        }
+        self.set(CR2, lin);
+        Some(self.enter(esp))
+    }
+}
+
+/// A page fault the guest is to see.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct PageFault {
+    /// As the guest sees it.
+    pub(crate) error_code: u32,
+    /// Guest linear.
+    pub(crate) lin: u32,
+    /// It is about an instruction.
+    pub(crate) fetch: bool,
+}
+
+/// Delivers a page fault to the guest at `regs`, and yields the registers to go on with. `None`: the monitor is to do it, and
+/// nothing has changed (but A and D bits the delivery sets in any case).
+pub(crate) fn page_fault<S: Side>(
+    side: &S,
+    (rules, fill): (&DeliveryRules, &FillRules),
+    regs: &HwRegs,
+    fault: &PageFault,
+) -> Option<HwRegs> {
+    Delivery { rules, guest: Guest { side, rules: fill }, regs: *regs }.page_fault(fault)
+}
+
+/// The side of a world of `raw`.
+struct RawSide {
+    a: *mut Arena,
+    ram: Ram,
+}
+
+impl RawSide {
+    fn word(&self, offset: u32) -> &AtomicU32 {
+        // SAFETY: who makes a RawSide is in a world with this arena.
+        unsafe { vcpu_word(self.a, offset) }
+    }
+}
+
+impl Tables for RawSide {
+    fn read(&self, at: u64) -> Option<u32> {
+        self.ram.read(at)
+    }
+    fn update(&self, at: u64, old: u32, new: u32) -> bool {
+        self.ram.update(at, old, new)
+    }
+}
+
+impl Side for RawSide {
+    fn is_watched(&self, pfn: u64) -> bool {
+        self.ram.is_watched(pfn)
+    }
+    fn write(&self, at: u64, value: u32) {
+        if let Some(w) = self.ram.word(at) {
+            w.store(value, Relaxed);
+        }
+    }
+    fn get(&self, offset: u32) -> u32 {
+        self.word(offset).load(Relaxed)
+    }
+    fn set(&self, offset: u32, value: u32) {
+        self.word(offset).store(value, Relaxed);
     }
 }
 
@@ -205,28 +328,11 @@ pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, behind: Opt
             (&raw const (*a).regs).read_volatile(),
         )
     };
-    let ram = Ram { pages };
-    let mut d = Delivery { a, rules, guest: Guest { ram: &ram, rules: &fill }, regs };
-    if !d.holds() || d.get(IF_FLAG) & IF == 0 {
-        return false;
-    }
-    if let Some(eip) = behind {
-        let hidden = d.get(HIDDEN_FLAGS);
-        let esp = d.regs.gpr[ESP].wrapping_sub(12);
-        let frame = [eip, d.get(nth(SELECTORS, CS)), d.visible() | hidden | IF];
-        if d.get(CPL) != 0 || hidden & NT != 0 || !d.guest.push(esp, &frame) {
-            return false;
-        }
-        d.enter(esp);
-        return true;
-    }
-    let Some((frame, esp0)) = d.ring3_frame().filter(|_| d.is_from_ring3()) else { return false };
-    let esp = esp0.wrapping_sub(20);
-    if !d.guest.push(esp, &frame) {
-        return false;
-    }
-    d.leave_ring3();
-    d.enter(esp);
+    let side = RawSide { a, ram: Ram { pages } };
+    let d = Delivery { rules, guest: Guest { side: &side, rules: &fill }, regs };
+    let Some(regs) = d.interrupt(behind) else { return false };
+    // SAFETY: by contract: while the world has the turn only we touch its registers.
+    unsafe { (&raw mut (*a).regs).write_volatile(regs) };
     true
 }
 
@@ -245,41 +351,19 @@ pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bo
             (&raw const (*a).regs).read_volatile(),
         )
     };
-    let ram = Ram { pages };
-    let mut d = Delivery { a, rules: &rules, guest: Guest { ram: &ram, rules: &fill }, regs };
-    if !d.holds() {
-        return false;
+    let side = RawSide { a, ram: Ram { pages } };
+    let d = Delivery { rules: &rules, guest: Guest { side: &side, rules: &fill }, regs };
+    let from_ring3 = d.is_from_ring3();
+    let Some(regs) = d.page_fault(&PageFault { error_code, lin, fetch }) else { return false };
+    if from_ring3 && !fetch {
+        let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
+        side.set(REFILL, lin & !0xfff | write | 1);
     }
-    let esp;
-    if d.is_from_ring3() {
-        if !fetch && d.guest.names_cs(d.regs.eip) {
-            return false;
-        }
-        let Some(([eip, cs, flags, user_esp, user_ss], esp0)) = d.ring3_frame() else { return false };
-        esp = esp0.wrapping_sub(24);
-        if !d.guest.push(esp, &[error_code, eip, cs, flags | RF, user_esp, user_ss]) {
-            return false;
-        }
-        d.leave_ring3();
-        if !fetch {
-            let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
-            d.word(REFILL).store(lin & !0xfff | write | 1, Relaxed);
-        }
-    } else {
-        let hidden = d.get(HIDDEN_FLAGS);
-        if d.get(CPL) != 0 || u32::from(d.regs.sel[CS]) != rules.cs_host || hidden & NT != 0 {
-            return false;
-        }
-        esp = d.regs.gpr[ESP].wrapping_sub(16);
-        let flags = d.visible() | hidden | d.get(IF_FLAG) & IF | RF;
-        if !d.guest.push(esp, &[error_code, d.regs.eip, d.get(nth(SELECTORS, CS)), flags]) {
-            return false;
-        }
-    }
-    d.word(CR2).store(lin, Relaxed);
-    d.enter(esp);
-    // SAFETY: as above: an atomic.
-    let delivered = unsafe { &(*a).fill.delivered };
+    // SAFETY: by contract: while the world has the turn only we touch its registers; and an atomic.
+    let delivered = unsafe {
+        (&raw mut (*a).regs).write_volatile(regs);
+        &(*a).fill.delivered
+    };
     delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
     true
 }

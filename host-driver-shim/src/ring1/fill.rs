@@ -1,14 +1,16 @@
 //! What a world's `run` does by itself between two entries of guest code: data faults that are only misses of the shadow,
-//! and `invlpg` of a small page. As the runtime of a raw world does ([`crate::raw::rc_walk`] is the same walk), with
-//! the same notes for the monitor.
+//! page faults that are the guest's own, and `invlpg` of a small page. As the runtime of a raw world does
+//! ([`crate::raw::rc_walk`] is the same walk, [`rc_deliver`] the same delivery), with the same notes for the monitor.
 
 use crate::ram::GuestRam;
-use crate::raw::rc_deliver::SELECTORS;
-use crate::raw::rc_walk::{self, Page, prefetch, right, walk};
-use crate::world::{Fill, FillMode, FillRules, QUICK_SITES, Quick, QuickKind, WorldLin};
+use crate::raw::rc_deliver::{self, PageFault, SELECTORS, Side};
+use crate::raw::rc_walk::{self, Access, Page, prefetch, refusal, right, walk};
+use crate::world::{
+    DeliveryRules, Fill, FillMode, FillRules, HwRegs, QUICK_SITES, Quick, QuickKind, WorldLin,
+};
 
 use super::machine::RAM_AT;
-use super::tables::{Exhausted, Tables, bit};
+use super::tables::{Exhausted, Pool, Tables, bit};
 
 /// Pages mapped around a faulting one where the guest has them present. As in the monitor.
 const AROUND: u32 = 16;
@@ -22,6 +24,7 @@ const LOG: usize = 512;
 const MAX_RUN: u32 = 512;
 /// Page-fault error code bits.
 const PF_WRITE: u32 = 2;
+const PF_USER: u32 = 4;
 const PF_FETCH: u32 = 16;
 /// No fault was answered yet.
 const NO_FAULT: u32 = u32::MAX;
@@ -30,6 +33,7 @@ const NO_FAULT: u32 = u32::MAX;
 #[derive(Debug)]
 pub(super) struct Filler {
     pub(super) rules: FillRules,
+    pub(super) delivery: DeliveryRules,
     pub(super) quick: [Quick; QUICK_SITES],
     /// A bit for each 2 MiB of guest linear space in which something of a large page was mapped, ever.
     large: [u32; 64],
@@ -38,6 +42,8 @@ pub(super) struct Filler {
     answered: u32,
     /// `invlpg`s done, ever (wraps).
     pub(super) flushes_done: u32,
+    /// Page faults delivered to the guest, ever (wraps).
+    pub(super) delivered: u32,
     /// The fault answered last since the monitor's last look: page address and bit 1 for a write.
     last: u32,
 }
@@ -63,15 +69,48 @@ impl rc_walk::Tables for Ram<'_> {
     }
 }
 
+/// Guest RAM and the vCPU page (`vcpu`: where it is in the pool) for deliveries.
+struct Delivering<'a> {
+    ram: Ram<'a>,
+    pool: &'a Pool,
+    vcpu: u64,
+}
+
+impl rc_walk::Tables for Delivering<'_> {
+    fn read(&self, at: u64) -> Option<u32> {
+        self.ram.read(at)
+    }
+    fn update(&self, at: u64, old: u32, new: u32) -> bool {
+        self.ram.update(at, old, new)
+    }
+}
+
+impl Side for Delivering<'_> {
+    fn is_watched(&self, pfn: u64) -> bool {
+        self.ram.is_watched(pfn)
+    }
+    fn write(&self, at: u64, value: u32) {
+        let _in_range = self.ram.0.write_u32(at, value);
+    }
+    fn get(&self, offset: u32) -> u32 {
+        self.pool.map().read_u32(self.vcpu + u64::from(offset)).unwrap_or(0)
+    }
+    fn set(&self, offset: u32, value: u32) {
+        let _in_range = self.pool.map().write_u32(self.vcpu + u64::from(offset), value);
+    }
+}
+
 impl Filler {
     pub(super) fn new() -> Filler {
         Filler {
             rules: FillRules::default(),
+            delivery: DeliveryRules::default(),
             quick: Default::default(),
             large: [0; 64],
             log: Vec::new(),
             answered: 0,
             flushes_done: 0,
+            delivered: 0,
             last: NO_FAULT,
         }
     }
@@ -94,6 +133,32 @@ impl Filler {
         page < LOW_PAGES || tables.is_other(page) || self.rules.keeps_out(page, 1)
     }
 
+    /// Delivers a page fault to the guest if its tables say that it is the guest's to see: the registers to go on with.
+    pub(super) fn deliver(
+        &mut self,
+        (pool, vcpu): (&Pool, u64),
+        ram: &GuestRam,
+        regs: &HwRegs,
+        (cr2, error): (u32, u32),
+    ) -> Option<HwRegs> {
+        if !self.rules.mode.contains(FillMode::ENABLED) {
+            return None;
+        }
+        let user = error & PF_USER != 0;
+        let (write, fetch) = (error & PF_WRITE != 0, error & PF_FETCH != 0);
+        let lin = if fetch { cr2 } else { cr2.wrapping_sub(self.rules.delta) };
+        let side = Delivering { ram: Ram(ram), pool, vcpu };
+        if fetch && !user {
+            return None;
+        }
+        let error_code = refusal(&side, &self.rules, lin, Access { write, user, fetch })?;
+        let fault = PageFault { error_code, lin, fetch };
+        let regs = rc_deliver::page_fault(&side, (&self.delivery, &self.rules), regs, &fault)?;
+        self.last = NO_FAULT;
+        self.delivered = self.delivered.wrapping_add(1);
+        Some(regs)
+    }
+
     /// Answers a page fault if it is only a miss of the data shadow; false: it is the monitor's.
     pub(super) fn fill(
         &mut self,
@@ -108,7 +173,6 @@ impl Filler {
         let again = std::mem::replace(&mut self.last, this) == this;
         if error & PF_FETCH != 0
             || !mode.contains(FillMode::ENABLED)
-            || self.rules.user_cs != 0
             // The same fault again: something is not as we think. The monitor knows more.
             || again
             || self.log.len() > LOG
@@ -117,7 +181,7 @@ impl Filler {
             return Ok(false);
         }
         let ram = Ram(ram);
-        let user = !mode.contains(FillMode::SUPERVISOR);
+        let user = error & PF_USER != 0 || !mode.contains(FillMode::SUPERVISOR);
         let lin = cr2.wrapping_sub(self.rules.delta);
         let Some(page) = walk(&ram, &self.rules, lin, write, user) else { return Ok(false) };
         if !ram.holds(page.frame >> 12) || write && ram.is_watched(page.frame >> 12) {
@@ -150,8 +214,12 @@ impl Filler {
             let Some(p) = this.filter(|p| ram.holds(p.frame >> 12)) else { continue };
             let allowed = p.rights & right::WRITABLE != 0 || !user && !mode.contains(FillMode::WP);
             let writes = allowed && p.rights & right::DIRTY != 0 && !ram.is_watched(p.frame >> 12);
+            let entry_user = if p.rights & right::USER != 0 { bit::USER } else { 0 };
             let (entry_write, host_write) = if writes { (bit::WRITE, right::HOST_WRITE) } else { (0, 0) };
-            tables.set(at, (RAM_AT + p.frame) | bit::GUEST | bit::DATA | bit::NO_EXECUTE | entry_write)?;
+            tables.set(
+                at,
+                (RAM_AT + p.frame) | bit::ALWAYS | bit::DATA | bit::NO_EXECUTE | entry_user | entry_write,
+            )?;
             self.note(at, (p.frame >> 12) as u32, p.rights | host_write);
         }
         self.answered = self.answered.wrapping_add(1);

@@ -21,6 +21,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::monitor::{self, Descriptor, FRAME, FRAME_WORDS, Frame};
+use super::reflect::Reflect;
 use super::tables::Pool;
 use crate::kvm::{interrupt, signal};
 use crate::shared::SharedMap;
@@ -36,6 +37,9 @@ const CR0: u64 = 0x8005_0033;
 const CR0_PG: u64 = 1 << 31;
 const CR4: u64 = 0x620;
 const CR4_UMIP: u64 = 1 << 11;
+const CR4_SMEP: u64 = 1 << 20;
+/// CPUID leaf 7, EBX.
+const CPUID_SMEP: u32 = 1 << 7;
 const EFER: u64 = 0x800;
 /// MSR_MISC_FEATURES_ENABLES: bit 0 makes CPUID fault outside ring 0.
 const MISC_FEATURES_ENABLES: u32 = 0x140;
@@ -68,10 +72,14 @@ pub(super) struct Machine {
     tss_kind: u8,
     /// Where the region is; None: the vCPU has to be put into the monitor anew.
     region: Option<u32>,
-    /// CR3 of the world that ran last.
+    /// What the tables page says the monitor may do by itself.
+    reflect: Option<Reflect>,
+    /// CR3 of the world that ran last; 0: it has to be loaded.
     cr3: u32,
     /// CPUID raises #GP outside ring 0.
     pub(super) cpuid_faults: bool,
+    /// The vCPU has SMEP, and uses it.
+    pub(super) smep: bool,
     /// For as long as the vCPU: KVM maps their memory.
     _vm: VmFd,
     _slots: [Arc<SharedMap>; 2],
@@ -119,6 +127,8 @@ impl Machine {
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("asking KVM for its CPUID"))?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("setting a vCPU's CPUID"))?;
+        let smep =
+            cpuid.as_slice().iter().any(|e| (e.function, e.index) == (7, 0) && e.ebx & CPUID_SMEP != 0);
         let faulting = kvm_msr_entry { index: MISC_FEATURES_ENABLES, data: 1, ..kvm_msr_entry::default() };
         let cpuid_faults =
             Msrs::from_entries(&[faulting]).is_ok_and(|msrs| vcpu.set_msrs(&msrs).is_ok_and(|n| n == 1));
@@ -136,8 +146,10 @@ impl Machine {
             template,
             tss_kind: if is_svm() { TSS_AVAILABLE } else { TSS_BUSY },
             region: None,
+            reflect: None,
             cr3: 0,
             cpuid_faults,
+            smep,
             _vm: vm,
             _slots: [Arc::clone(ram), Arc::clone(code)],
         })
@@ -178,6 +190,17 @@ impl Machine {
         }
     }
 
+    fn set_reflect(&mut self, reflect: &Reflect) {
+        if self.reflect.as_ref() == Some(reflect) {
+            return;
+        }
+        for (i, word) in (0u64..).zip(reflect.words()) {
+            let _in_range =
+                self.pool.map().write_u32(self.tables_page + u64::from(monitor::REFLECT_AT) + 4 * i, word);
+        }
+        self.reflect = Some(*reflect);
+    }
+
     fn frame(&self) -> [u32; FRAME_WORDS] {
         let mut frame = [0; FRAME_WORDS];
         for (i, word) in (0..).zip(&mut frame) {
@@ -187,11 +210,12 @@ impl Machine {
     }
 
     /// Runs guest code from `frame`, in the world of `cr3` whose region is at `region`, to the next exit. `stale`: its tables
-    /// have changed. CS and SS of the frame are of ring 1 or 3.
+    /// have changed. CS and SS of the frame are of ring 1 or 3. The monitor may do what `reflect` says by itself.
     pub(super) fn run(
         &mut self,
         frame: &mut [u32; FRAME_WORDS],
         (cr3, region, stale): (u32, u32, bool),
+        reflect: &Reflect,
         kicked: &AtomicBool,
     ) -> Result<Exit, WorldError> {
         let new_cr3 = if stale || cr3 != self.cr3 || self.region != Some(region) { cr3 } else { 0 };
@@ -200,12 +224,15 @@ impl Machine {
             self.put_into_monitor(region, cr3)?;
         }
         self.cr3 = cr3;
+        self.set_reflect(reflect);
         self.set_frame(frame);
         self.bell.enter();
         let exit = self.run_to_exit(kicked);
         self.bell.leave();
         let exit = exit?;
         if exit == Exit::Kicked {
+            // The vCPU has not been there yet.
+            self.cr3 = if new_cr3 == 0 { cr3 } else { 0 };
             return Ok(exit);
         }
         *frame = self.frame();
@@ -305,6 +332,7 @@ impl Machine {
     /// Puts the vCPU at the monitor's way in, with the region at `region`.
     fn put_into_monitor(&mut self, region: u32, cr3: u32) -> Result<(), WorldError> {
         let _in_range = self.pool.map().write(self.tables_page, &monitor::tables_page(region));
+        self.reflect = None;
         let mut s = self.template;
         let segment = |selector: u16, d: Descriptor| kvm_segment {
             base: u64::from(d.base),
@@ -338,9 +366,10 @@ impl Machine {
         (s.cr0, s.cr4) = (CR0 & !CR0_PG, CR4);
         self.vcpu.set_sregs(&s).map_err(failed("setting a vCPU's registers"))?;
         s.cr0 = CR0;
-        s.cr4 = CR4 | CR4_UMIP;
+        let smep = if self.smep { CR4_SMEP } else { 0 };
+        s.cr4 = CR4 | smep | CR4_UMIP;
         if self.vcpu.set_sregs(&s).is_err() {
-            s.cr4 = CR4;
+            s.cr4 = CR4 | smep;
             self.vcpu.set_sregs(&s).map_err(failed("setting a vCPU's registers"))?;
         }
         let regs = kvm_regs {

@@ -1,7 +1,7 @@
 //! The ring1 engine: guest ring 0 in hardware ring 1, guest ring 3 in ring 3, under a 32-bit monitor in ring 0 of a KVM
 //! virtual machine.
 //!
-//! 1. [`monitor`]: the monitor (assembly), what it pushes and where its pages lie.
+//! 1. [`monitor`]: the monitor (assembly), what it pushes and where its pages lie; [`reflect`]: what it may do by itself.
 //! 2. [`machine`]: the virtual machine, entered and left by KVM_RUN.
 //! 3. [`tables`]: the worlds' page tables.
 //! 4. [`world`]: [`Ring1World`], a set of page tables and an LDT; [`fill`]: its exits that need nobody else's attention.
@@ -13,6 +13,7 @@
 mod fill;
 mod machine;
 mod monitor;
+mod reflect;
 mod tables;
 mod world;
 
@@ -27,6 +28,7 @@ use crate::world::{
 };
 use fill::Filler;
 use machine::{Bell, Machine};
+use reflect::Reflect;
 use tables::{Exhausted, Pool, Tables};
 use world::LDT_PAGES;
 pub use world::Ring1World;
@@ -167,12 +169,14 @@ impl Ring1Engine {
         };
         let region = self.0.vcpu().machine.region();
         holds(shared.code, &mut page, monitor::code())
-            && region.is_none_or(|at| holds(shared.tables, &mut page, &monitor::tables_page(at)))
+            && region.is_none_or(|at| {
+                holds(shared.tables, &mut page, &monitor::tables_page(at)[..monitor::REFLECT_AT as usize])
+            })
             && holds(shared.no_segments, &mut page, &[0; 4096])
             && holds(shared.gate, &mut page, &[GATE_FILLER; 4096])
     }
 
-    /// How segments have to be in these worlds.
+    /// How segments have to be in these worlds, if the CPU has SMEP.
     #[must_use]
     pub fn segment_rules() -> SegmentRules {
         SegmentRules {
@@ -181,7 +185,15 @@ impl Ring1Engine {
             code_ring3: monitor::USER_CS,
             hole: monitor::REGION,
             readable_code: false,
+            pages: true,
+            int_faults: true,
         }
+    }
+
+    /// The CPU refuses to execute a user page in ring 1 (SMEP).
+    #[must_use]
+    pub fn has_smep(&self) -> bool {
+        self.0.vcpu().machine.smep
     }
 
     /// Makes a world, ready to run, with nothing mapped.
@@ -200,6 +212,8 @@ impl Ring1Engine {
             region: None,
             ldt: [0; LDT_PAGES],
             vcpu,
+            vcpu_at: 0,
+            reflect: Reflect::NONE,
             gate: None,
             kick: Arc::new(Kick { kicked: AtomicBool::new(false), bell }),
             fx: Box::new(initial_fx()),

@@ -2,7 +2,8 @@
 //!
 //! 1. [`Frame`]: the registers of the guest as the stubs leave them on the monitor's stack, the whole contract with the
 //!    host's side.
-//! 2. The assembly: an IDT stub for each vector, one way out (`out`), one way in (`iretd`).
+//! 2. The assembly: an IDT stub for each vector, one way out (`out`), one way in (`iretd`), and between them the short cut:
+//!    `int n` of guest ring 3 for which the host has said where the guest's handler is ([`Reflect`]) goes there at once.
 //! 3. Where its pages lie: the *region*, at the same place in every world. Its segments start at the region, so the
 //!    code does not know where that is and can be moved by other descriptors.
 //! 4. [`tables_page`]: GDT, IDT and TSS for a region at an address.
@@ -12,6 +13,11 @@
 //! and on that nothing is believed that was not written after guest code stopped (`docs/decisions/0004-ring1.md`).
 
 use std::mem::{offset_of, size_of};
+
+use super::reflect::{GUEST_FRAME, REFLECT_WORDS, Reflect};
+use crate::raw::rc_deliver::{CPL, FIXED, HIDDEN_FLAGS, HOST_RING0, HOST_RING3, IF, IF_FLAG, IOPL, NATIVE};
+use crate::raw::rc_deliver::{REFLECTED, SELECTORS, USER_ONLY};
+use crate::world::Table;
 
 /// The frame the stubs build, from its lowest address: what they push, then what the CPU does (SDM vol. 3, 6.12.1).
 #[derive(Clone, Copy, Default, Debug)]
@@ -76,6 +82,8 @@ pub(super) const TSS_LEN: u32 = 104;
 pub(super) const IDT_AT: u32 = 0;
 pub(super) const GDT_AT: u32 = 0x400;
 pub(super) const TSS_AT: u32 = 0x800;
+/// Where [`Reflect`] is.
+pub(super) const REFLECT_AT: u32 = 0x900;
 
 /// The vector of the doorbell, the only interrupt there is.
 pub(super) const DOORBELL: u8 = 32;
@@ -126,6 +134,119 @@ std::arch::global_asm!(
     "push eax",
     "test byte ptr [esp + {cs}], 3",
     "jz 4f",
+    // The short cut, if this is the `int n` the host has told of. Until the commit nothing of the guest's has changed but
+    // what lies below its stack, and any fault leads to the way out.
+    "cmp dword ptr [esp + {vector}], 13",
+    "jne 9f",
+    "mov eax, [esp + {error}]",
+    "cmp eax, dword ptr ss:[{r} + {r_error}]",
+    "jne 9f",
+    "cmp word ptr [esp + {cs}], {user_cs}",
+    "jne 9f",
+    "test dword ptr [esp + {eflags}], {user_only}",
+    "jnz 9f",
+    "movzx eax, word ptr [esp + {ss}]",
+    "cmp eax, dword ptr ss:[{r} + {r_user_ss}]",
+    "jne 9f",
+    "5:",
+    // DS: guest data as ring 0 sees it. EBX: the vCPU page there.
+    "mov eax, dword ptr ss:[{r} + {r_ss_host}]",
+    "mov ds, eax",
+    "mov ebx, dword ptr ss:[{r} + {r_vcpu}]",
+    "cmp dword ptr [ebx + {cpl}], 3",
+    "jne 9f",
+    // No prefix, so that the next instruction is two bytes further on.
+    "mov esi, [esp + {eip}]",
+    "sub esi, dword ptr ss:[{r} + {r_base}]",
+    "movzx eax, word ptr [esi]",
+    "cmp eax, dword ptr ss:[{r} + {r_instruction}]",
+    "jne 9f",
+    // The data segments are those we know.
+    "movzx eax, word ptr [esp + {es}]",
+    "cmp eax, [ebx + {host_ring3}]",
+    "jne 9f",
+    "movzx eax, word ptr [esp + {ds}]",
+    "cmp eax, [ebx + {host_ring3} + 12]",
+    "jne 9f",
+    "movzx eax, word ptr [esp + {fs}]",
+    "cmp eax, [ebx + {host_ring3} + 16]",
+    "jne 9f",
+    "movzx eax, word ptr [esp + {gs}]",
+    "cmp eax, [ebx + {host_ring3} + 20]",
+    "jne 9f",
+    // The guest's tables say what the host found in them.
+    "lea ecx, [{r} + {r_tables}]",
+    "6:",
+    "mov esi, dword ptr ss:[ecx]",
+    "mov eax, [esi]",
+    "cmp eax, dword ptr ss:[ecx + 4]",
+    "jne 9f",
+    "mov eax, [esi + 4]",
+    "cmp eax, dword ptr ss:[ecx + 8]",
+    "jne 9f",
+    "add ecx, {table_len}",
+    "cmp ecx, {r} + {r_tables} + 3 * {table_len}",
+    "jne 6b",
+    // EDI: ring 0's stack, with room for the frame, and away from ours.
+    "mov esi, dword ptr ss:[{r} + {r_tss}]",
+    "movzx eax, word ptr [esi + 4]",
+    "cmp eax, dword ptr ss:[{r} + {r_ss}]",
+    "jne 9f",
+    "mov edi, [esi]",
+    "sub edi, {guest_frame}",
+    "jb 9f",
+    "cmp edi, dword ptr ss:[{r} + {r_last}]",
+    "ja 9f",
+    // SS, ESP, EFLAGS, CS, EIP.
+    "mov eax, [ebx + {selectors} + 8]",
+    "mov [edi + 16], eax",
+    "mov eax, [esp + {esp}]",
+    "mov [edi + 12], eax",
+    "mov edx, [esp + {eflags}]",
+    "and edx, {native}",
+    "or edx, {fixed} + {int_flag}",
+    "mov eax, [ebx + {hidden}]",
+    "and eax, {iopl}",
+    "or eax, edx",
+    "mov [edi + 8], eax",
+    "mov eax, [ebx + {selectors} + 4]",
+    "mov [edi + 4], eax",
+    "mov eax, [esp + {eip}]",
+    "add eax, 2",
+    "mov [edi], eax",
+    // Ring 0's selectors for the same segments can be loaded: the page is the guest's to write.
+    "mov ebp, [ebx + {host_ring0} + 12]",
+    "mov es, ebp",
+    "mov ecx, [ebx + {host_ring0}]",
+    "mov es, ecx",
+    "mov esi, [ebx + {host_ring0} + 16]",
+    "mov fs, esi",
+    "mov eax, [ebx + {host_ring0} + 20]",
+    "mov gs, eax",
+    "7:",
+    // The commit.
+    "mov [esp + {gs}], eax",
+    "mov [esp + {fs}], esi",
+    "mov [esp + {es}], ecx",
+    "mov [esp + {ds}], ebp",
+    "mov [esp + {esp}], edi",
+    "mov [esp + {eflags}], edx",
+    "mov dword ptr [esp + {cs}], {kernel_cs}",
+    "mov eax, dword ptr ss:[{r} + {r_ss_host}]",
+    "mov [esp + {ss}], eax",
+    "mov eax, dword ptr ss:[{r} + {r_target}]",
+    "mov [esp + {eip}], eax",
+    "mov eax, dword ptr ss:[{r} + {r_ss}]",
+    "mov [ebx + {selectors} + 8], eax",
+    "mov eax, dword ptr ss:[{r} + {r_cs}]",
+    "mov [ebx + {selectors} + 4], eax",
+    "mov eax, dword ptr ss:[{r} + {r_if_mask}]",
+    "and [ebx + {if_flag}], eax",
+    "and dword ptr [ebx + {hidden}], {iopl}",
+    "mov dword ptr [ebx + {cpl}], 0",
+    "inc dword ptr [ebx + {reflected}]",
+    "jmp 3f",
+    "9:",
     "mov al, {exit_guest}",
     "out {port}, al",
     // The way in: the frame is the host's.
@@ -142,8 +263,19 @@ std::arch::global_asm!(
     "popad",
     "add esp, 8",
     "iretd",
-    // A fault of the way in: the host is told, and brings another frame.
+    // A fault in the monitor. Of the short cut: the guest's frame still is where it was, and the host's to look at.
     "4:",
+    // mov eax, [esp + eip]; sub eax, the short cut's begin; cmp eax, its length
+    "mov eax, [esp + {eip}]",
+    ".byte 0x2d",
+    ".long 5b - subring_ring1_start",
+    ".byte 0x3d",
+    ".long 7b - 5b",
+    "jae 8f",
+    "mov esp, {frame}",
+    "jmp 9b",
+    // Of the way in: the host is told, and brings another frame.
+    "8:",
     "mov al, {exit_bad}",
     "out {port}, al",
     "jmp subring_ring1_resume",
@@ -153,7 +285,47 @@ std::arch::global_asm!(
     vectors = const VECTORS,
     stub = const STUB_LEN,
     with_code = const WITH_ERROR_CODE,
+    vector = const offset_of!(Frame, vector),
+    error = const offset_of!(Frame, error_code),
+    eip = const offset_of!(Frame, eip),
     cs = const offset_of!(Frame, cs),
+    eflags = const offset_of!(Frame, eflags),
+    esp = const offset_of!(Frame, esp),
+    ss = const offset_of!(Frame, ss),
+    es = const offset_of!(Frame, es),
+    ds = const offset_of!(Frame, ds),
+    fs = const offset_of!(Frame, fs),
+    gs = const offset_of!(Frame, gs),
+    r = const TABLES + REFLECT_AT,
+    r_error = const offset_of!(Reflect, error),
+    r_instruction = const offset_of!(Reflect, instruction),
+    r_ss_host = const offset_of!(Reflect, ss_host),
+    r_base = const offset_of!(Reflect, base),
+    r_vcpu = const offset_of!(Reflect, vcpu),
+    r_user_ss = const offset_of!(Reflect, user_ss_host),
+    r_tables = const offset_of!(Reflect, tables),
+    r_tss = const offset_of!(Reflect, tss_esp0),
+    r_last = const offset_of!(Reflect, stack_last),
+    r_ss = const offset_of!(Reflect, ss),
+    r_cs = const offset_of!(Reflect, cs),
+    r_if_mask = const offset_of!(Reflect, if_mask),
+    r_target = const offset_of!(Reflect, target),
+    table_len = const size_of::<Table>(),
+    guest_frame = const GUEST_FRAME,
+    user_cs = const USER_CS,
+    kernel_cs = const KERNEL_CS,
+    user_only = const USER_ONLY,
+    native = const NATIVE,
+    fixed = const FIXED,
+    int_flag = const IF,
+    iopl = const IOPL,
+    cpl = const CPL,
+    if_flag = const IF_FLAG,
+    hidden = const HIDDEN_FLAGS,
+    selectors = const SELECTORS,
+    host_ring0 = const HOST_RING0,
+    host_ring3 = const HOST_RING3,
+    reflected = const REFLECTED,
     exit_guest = const EXIT_GUEST,
     exit_bad = const EXIT_BAD_STATE,
     port = const PORT,
@@ -208,6 +380,20 @@ impl Descriptor {
             | u64::from(self.big) << 54
             | u64::from(self.pages) << 55
             | (base >> 24) << 56
+    }
+
+    /// The other way round; `None`: not present.
+    pub(super) fn from_bytes(bytes: u64) -> Option<Descriptor> {
+        let bit = |n: u32| bytes >> n & 1 != 0;
+        bit(47).then_some(Descriptor {
+            base: (bytes >> 16 & 0xff_ffff) as u32 | (bytes >> 56 << 24) as u32,
+            limit: (bytes & 0xffff) as u32 | (bytes >> 32 & 0xf_0000) as u32,
+            kind: (bytes >> 40 & 0xf) as u8,
+            s: bit(44),
+            dpl: (bytes >> 45 & 3) as u8,
+            big: bit(54),
+            pages: bit(55),
+        })
     }
 }
 
@@ -268,7 +454,8 @@ pub(super) fn tables_page(at: u32) -> Vec<u8> {
 
 const _: () = {
     assert!(size_of::<Frame>() == 80 && offset_of!(Frame, eip) == 60);
-    assert!(IDT_AT + IDT_LEN <= GDT_AT && GDT_AT + GDT_LEN <= TSS_AT && TSS_AT + TSS_LEN <= 4096);
+    assert!(IDT_AT + IDT_LEN <= GDT_AT && GDT_AT + GDT_LEN <= TSS_AT && TSS_AT + TSS_LEN <= REFLECT_AT);
+    assert!(REFLECT_AT as usize + 4 * REFLECT_WORDS <= 4096);
 };
 
 #[cfg(test)]
@@ -323,12 +510,14 @@ mod tests {
     }
 
     #[test]
-    fn no_other_instruction_touches_memory_but_through_the_stack_segment() {
+    fn no_other_instruction_touches_memory_but_the_stack_segments_and_what_the_guest_lent() {
         use iced_x86::{InstructionInfoFactory, Register};
         let mut factory = InstructionInfoFactory::new();
         for i in decode(0).iter().filter(|i| i.code() != Code::INVALID) {
             for m in factory.info(i).used_memory() {
-                assert_eq!(m.segment(), Register::SS, "{i}");
+                // In the short cut: the vCPU page, the guest's tables, its stack.
+                let lent = matches!(m.base(), Register::EBX | Register::ESI | Register::EDI);
+                assert_eq!(m.segment(), if lent { Register::DS } else { Register::SS }, "{i}");
             }
         }
         assert!(code().len() < 4096, "one page");
@@ -340,5 +529,9 @@ mod tests {
         assert_eq!(tables_page(0)[GDT_AT as usize + 0x18..][..8], 0x00cf_b900_0000_ffffu64.to_le_bytes());
         let d = monitor_cs(0x1234_5000).bytes();
         assert_eq!(d, 0x1241_9b34_5000_2fff);
+        for d in [monitor_cs(0x1234_5000), ldt(0xfff0_0000), tss(0x89ab_c000, 9)] {
+            assert_eq!(Descriptor::from_bytes(d.bytes()), Some(d));
+        }
+        assert_eq!(Descriptor::from_bytes(0), None);
     }
 }

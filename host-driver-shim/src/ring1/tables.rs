@@ -1,8 +1,8 @@
 //! PAE page tables of worlds, in memory of the virtual machine that no page table maps.
 //!
 //! [`Pool`] is that memory; [`Tables`] is one set of tables in it, for one world. The processor only sees entries written
-//! here; those for guest memory are user pages (a world holds either guest ring 0 or guest ring 3), those of the region
-//! (`monitor.rs`) supervisor pages.
+//! here; those for guest memory are user pages where guest ring 3 may go, and supervisor pages else, as those of the region
+//! (`monitor.rs`) are.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,8 +27,8 @@ pub(super) mod bit {
     pub(crate) const NO_EXECUTE: u64 = 1 << 63;
     /// Ignored by the processor: guest RAM as data.
     pub(crate) const DATA: u64 = 1 << 9;
-    /// What every entry for the guest has.
-    pub(crate) const GUEST: u64 = PRESENT | USER | ACCESSED | DIRTY;
+    /// What every entry has.
+    pub(crate) const ALWAYS: u64 = PRESENT | ACCESSED | DIRTY;
     /// What [`super::Tables::protect`] changes.
     pub(crate) const RIGHTS: u64 = WRITE | NO_EXECUTE;
 }

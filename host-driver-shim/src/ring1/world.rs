@@ -8,13 +8,15 @@ use std::sync::atomic::Ordering;
 use super::fill::Filler;
 use super::machine::{CODE_AT, Exit, RAM_AT};
 use super::monitor::{self, FRAME_WORDS, Frame};
+use super::reflect::Reflect;
 use super::tables::Exhausted;
 use super::tables::{Tables, bit};
 use super::{Engine, Kick, no_memory, refused};
+use crate::raw::rc_deliver::REFLECTED;
 use crate::raw::{GATE, GATE_REASON};
 use crate::world::{
-    Backing, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World, WorldError,
-    WorldExit, WorldLin,
+    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
+    WorldError, WorldExit, WorldLin,
 };
 
 /// EFLAGS that guest code may run with: all but IOPL, VM, VIF and VIP.
@@ -39,6 +41,10 @@ pub struct Ring1World {
     /// Its LDT's own pages; 0: the shared one without segments.
     pub(super) ldt: [u64; LDT_PAGES],
     pub(super) vcpu: u64,
+    /// Where its tables show that page.
+    pub(super) vcpu_at: u32,
+    /// What the monitor may do by itself in it.
+    pub(super) reflect: Reflect,
     /// Where the gate's page is.
     pub(super) gate: Option<u32>,
     pub(super) kick: Arc<Kick>,
@@ -59,8 +65,6 @@ impl Drop for Ring1World {
     }
 }
 
-const ALWAYS: u64 = bit::PRESENT | bit::ACCESSED | bit::DIRTY;
-
 fn rights(prot: Prot) -> u64 {
     let mut bits = 0;
     if prot.contains(Prot::WRITE) {
@@ -70,6 +74,10 @@ fn rights(prot: Prot) -> u64 {
         bits |= bit::NO_EXECUTE;
     }
     bits
+}
+
+fn whose(prot: Prot) -> u64 {
+    if prot.contains(Prot::USER) { bit::USER } else { 0 }
 }
 
 impl Ring1World {
@@ -104,6 +112,7 @@ impl Ring1World {
         if self.region == Some(wanted) {
             return Ok(wanted);
         }
+        self.reflect = Reflect::NONE;
         let old = self.kept();
         self.region = None;
         self.tables.clear(old.start, old.end, 0..0);
@@ -120,11 +129,11 @@ impl Ring1World {
             (monitor::STATE, shared.state, bit::NO_EXECUTE | bit::WRITE),
         ];
         for (at, page, bits) in fixed {
-            self.tables.set(first + (at >> 12), page | ALWAYS | bits).map_err(no_memory)?;
+            self.tables.set(first + (at >> 12), page | bit::ALWAYS | bits).map_err(no_memory)?;
         }
         for i in 0..LDT_PAGES as u32 {
             let page = first + (monitor::LDT >> 12) + i;
-            self.tables.set(page, shared.no_segments | ALWAYS | bit::NO_EXECUTE).map_err(no_memory)?;
+            self.tables.set(page, shared.no_segments | bit::ALWAYS | bit::NO_EXECUTE).map_err(no_memory)?;
         }
         self.region = Some(wanted);
         Ok(wanted)
@@ -164,6 +173,14 @@ impl Ring1World {
         })
     }
 
+    /// What the LDT has behind a selector; `None`: nothing, or it is not of ring 1.
+    fn segment_of(&self, selector: u16) -> Option<monitor::Descriptor> {
+        let slot = u32::from(selector >> 3);
+        let page = *self.ldt.get((slot / SLOTS) as usize).filter(|page| **page != 0 && selector & 4 != 0)?;
+        let bytes = self.engine.pool.map().read_u64(page + u64::from(slot % SLOTS) * 8)?;
+        monitor::Descriptor::from_bytes(bytes).filter(|d| d.s && d.dpl == 1)
+    }
+
     fn load_fpu(&mut self) -> Result<(), WorldError> {
         let mut vcpu = self.engine.vcpu();
         if !self.fx_is_ours {
@@ -190,7 +207,12 @@ impl Ring1World {
         let stale = std::mem::take(&mut self.tables.stale);
         let exit = {
             let mut vcpu = self.engine.vcpu();
-            vcpu.machine.run(&mut frame, (self.tables.cr3(), region, stale), &self.kick.kicked)?
+            vcpu.machine.run(
+                &mut frame,
+                (self.tables.cr3(), region, stale),
+                &self.reflect,
+                &self.kick.kicked,
+            )?
         };
         match exit {
             Exit::Guest => {}
@@ -250,6 +272,12 @@ impl World for Ring1World {
             let exit = self.run_once(regs, region)?;
             match exit {
                 WorldExit::Fault { vector: 14, error_code, cr2 } => {
+                    let (pool, ram) = (&self.engine.pool, &self.engine.ram);
+                    let at = (cr2, error_code);
+                    if let Some(handler) = self.filler.deliver((pool, self.vcpu), ram, regs, at) {
+                        *regs = handler;
+                        continue;
+                    }
                     let filled = self.filler.fill(&mut self.tables, &self.engine.ram, cr2, error_code);
                     if !filled.map_err(no_memory)? {
                         return Ok(exit);
@@ -291,7 +319,8 @@ impl World for Ring1World {
         for page in pages {
             // Where the region lies the guest has nothing, and gets a fault.
             if !kept.contains(&page) {
-                let entry = if prot.is_empty() { 0 } else { frame | bit::GUEST | data | rights(prot) };
+                let entry =
+                    if prot.is_empty() { 0 } else { frame | bit::ALWAYS | whose(prot) | data | rights(prot) };
                 self.tables.set(page, entry).map_err(no_memory)?;
             }
             frame += 4096;
@@ -348,7 +377,7 @@ impl World for Ring1World {
         if *own == 0 {
             *own = self.engine.pool.alloc().ok_or(Exhausted).map_err(no_memory)?;
             let at = ((region + monitor::LDT) >> 12) + page;
-            self.tables.set(at, *own | ALWAYS | bit::NO_EXECUTE).map_err(no_memory)?;
+            self.tables.set(at, *own | bit::ALWAYS | bit::NO_EXECUTE).map_err(no_memory)?;
         }
         let _in_range = self.engine.pool.map().write_u64(*own + entry * 8, descriptor.bytes());
         Ok(())
@@ -387,12 +416,34 @@ impl World for Ring1World {
         self.vcpu_write(GATE, stub.0);
         self.vcpu_write(GATE + 4, u32::from(monitor::KERNEL_CS));
         self.gate = Some(stub.0);
+        self.vcpu_at = vcpu.0;
+        self.reflect = Reflect::NONE;
         self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
-        self.tables.set(stub_page.start, self.engine.shared.gate | bit::GUEST).map_err(no_memory)
+        self.tables.set(stub_page.start, self.engine.shared.gate | bit::ALWAYS).map_err(no_memory)
     }
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
         self.filler.rules = *rules;
+    }
+
+    fn set_delivery_rules(&mut self, rules: &DeliveryRules) {
+        self.filler.delivery = *rules;
+    }
+
+    fn faults_delivered(&self) -> u32 {
+        self.filler.delivered
+    }
+
+    fn set_call_rules(&mut self, vector: u8, rules: &DeliveryRules) {
+        let ss = u16::try_from(rules.ss_host).ok().and_then(|selector| self.segment_of(selector));
+        self.reflect = match (ss, self.region) {
+            (Some(ss), Some(region)) => Reflect::new(vector, rules, ss, region, self.vcpu_at),
+            _ => Reflect::NONE,
+        };
+    }
+
+    fn calls_done(&self) -> u32 {
+        self.vcpu_read(REFLECTED)
     }
 
     fn set_quick(&mut self, table: &[Quick; QUICK_SITES]) {

@@ -46,6 +46,12 @@ pub(crate) fn flat(ring: u8, base: u32) -> HostSegment {
     }
 }
 
+/// Readable memory of a ring, with more rights.
+pub(crate) fn prot(ring: u8, more: Prot) -> Prot {
+    let user = if ring == 3 { Prot::USER } else { Prot::empty() };
+    Prot::READ | more | user
+}
+
 impl Guest {
     /// `None`, having said so, where there is no KVM for it.
     pub(crate) fn new(ring: u8) -> Option<Guest> {
@@ -61,9 +67,10 @@ impl Guest {
         engine.settle(WorldLin(END)).unwrap();
         let mut world = engine.spawn_world().unwrap();
         let code_page = code.alloc().unwrap();
-        world.map(WorldLin(CODE), 4096, Backing::Code(code_page), Prot::READ | Prot::EXEC).unwrap();
-        world.map(WorldLin(DATA), 0x1000, Backing::Ram(0x1000), Prot::READ | Prot::WRITE).unwrap();
-        world.map(WorldLin(STACK - 0x1000), 0x1000, Backing::Ram(0x2000), Prot::READ | Prot::WRITE).unwrap();
+        let (code_prot, data_prot) = (prot(ring, Prot::EXEC), prot(ring, Prot::WRITE));
+        world.map(WorldLin(CODE), 4096, Backing::Code(code_page), code_prot).unwrap();
+        world.map(WorldLin(DATA), 0x1000, Backing::Ram(0x1000), data_prot).unwrap();
+        world.map(WorldLin(STACK - 0x1000), 0x1000, Backing::Ram(0x2000), data_prot).unwrap();
         world.place_gate(WorldLin(STUB), WorldLin(VCPU)).unwrap();
         // From END on, so that everything but the region is within reach of ring 1.
         world.set_segment(FLAT, flat(ring, if ring == 1 { END } else { 0 })).unwrap();

@@ -87,7 +87,10 @@ impl RawEngine {
                         }
                         _ => {}
                     }
-                } else if let Location::Trampoline { fix, .. } = self.kernel_code.locate(regs.eip) {
+                } else if (!self.descriptors.rules().pages
+                    || regs.sel[seg::CS] == self.descriptors.code_ring0())
+                    && let Location::Trampoline { fix, .. } = self.kernel_code.locate(regs.eip)
+                {
                     // The end of an `iret` to ring 3, or ring 3 went astray in the kernel's code, and then its EIP is there.
                     origin = Origin::Trampoline { supervisor: fix.supervisor };
                     cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, &mut Words(world));
@@ -130,7 +133,7 @@ impl RawEngine {
         let mut regs = *regs;
         let word =
             |this: &Self, at: u32, i: usize| this.kernels[number].world.vcpu_read(at + 4 * i as u32) as u16;
-        let whose = For::Ring3 { below: self.boundary };
+        let whose = For::Ring3 { below: self.boundary.and_then(Boundary::limit) };
         let Transitions { user_cs, user_ss, .. } = self.transitions;
         let mut expected = [0; 6];
         expected[seg::CS] = self.descriptors.selector(&user_cs, true, &self.layout, whose);
@@ -146,7 +149,13 @@ impl RawEngine {
             }
         }
         match origin {
-            Origin::Code => {}
+            Origin::Code => {
+                // `int n` (SDM vol. 3, 6.13: the IDT bit), which the world may do by itself: perhaps the gate is another
+                // one now.
+                if matches!(exit, WorldExit::Fault { vector: 13, error_code, .. } if error_code & 2 != 0) {
+                    self.retract_transitions(number);
+                }
+            }
             Origin::Gate(_) => {
                 // The gate leaves no CS behind.
                 regs.sel[seg::CS] = expected[seg::CS];
@@ -183,7 +192,7 @@ impl RawEngine {
     /// segments have no limit.
     fn astray(&self, cpu: &CpuState, m: &mut Machine) -> Option<Trap> {
         let eip = GuestLin(cpu.eip);
-        self.boundary.filter(|&end| eip.0 >= end)?;
+        self.boundary.filter(|b| !b.holds(eip))?;
         let code = walk(m, cpu, eip, Access::fetch(Privilege::User)).err()?;
         Some(Trap::pf(code, eip.0))
     }
@@ -498,8 +507,8 @@ impl RawEngine {
             if !m.is_ram(leaf.frame) || layout.code(lin).0 < LOW_LIMIT || lin.page_number() == LAST_PAGE {
                 return after(self, Cause::Mmio, After::Interpret);
             }
-            if supervisor && leaf.user && self.boundary.is_some_and(|b| lin.0 < b) {
-                // Ring 0 runs a page of its users: in a joint world that page is shown unpatched.
+            if supervisor && leaf.user && lin.0 < self.boundary.map_or(0, Boundary::users_below) {
+                // Ring 0 runs a page of its users: in a world joined by limits that page is shown unpatched.
                 return after(self, Cause::Scan, After::Interpret);
             }
             if self.make_room(m, cpu, lin, kernel_world)? {
@@ -518,6 +527,15 @@ impl RawEngine {
                     return after(self, Cause::Scan, After::Continue);
                 }
                 self.map_kernel_code(m, number, lin, &leaf)?;
+            } else if kernel_world
+                && self.descriptors.rules().pages
+                && lin.0.wrapping_sub(layout.tramp) < layout::TRAMP_LEN
+            {
+                // Ring 3 has code where ring 0's trampolines are.
+                if self.moves >= MAX_MOVES {
+                    return after(self, Cause::Scan, After::Interpret);
+                }
+                self.relocate(m)?;
             } else {
                 self.map_user_code(m, cpu, place, lin, &leaf)?;
             }

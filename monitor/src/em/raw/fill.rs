@@ -16,7 +16,7 @@ impl RawEngine {
         let layout = self.layout;
         let space = &mut self.kernels[number];
         space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
-        space.map_code(lin, leaf, Backing::Code(offset), &layout)?;
+        space.map_code(lin, leaf, (Backing::Code(offset), Whose::Kernels), &layout)?;
         Ok(())
     }
 
@@ -47,7 +47,7 @@ impl RawEngine {
         let layout = self.layout;
         let space = self.space(place);
         space.drop_data(layout.guest_of_data(layout.code(lin)), &layout)?;
-        space.map_code(lin, leaf, backing, &layout)?;
+        space.map_code(lin, leaf, (backing, Whose::Users), &layout)?;
         self.map_user_code_around(m, cpu, place, lin)
     }
 
@@ -70,7 +70,7 @@ impl RawEngine {
                 || layout.in_trampolines(at)
                 || space.code.get(at).mapped()
                 || space.data.get(there).mapped()
-                || self.boundary.is_some_and(|b| at.0 >= b)
+                || self.boundary.is_some_and(|b| !b.holds(at))
             {
                 continue;
             }
@@ -92,7 +92,7 @@ impl RawEngine {
                 _ => continue,
             };
             let Some(leaf) = prefetch(m, cpu, at) else { continue };
-            self.space(place).map_code(at, &leaf, backing, &layout)?;
+            self.space(place).map_code(at, &leaf, (backing, Whose::Users), &layout)?;
         }
         Ok(())
     }
@@ -125,9 +125,9 @@ impl RawEngine {
                 return self.relocate(m);
             }
         }
-        let (layout, boundary) = (self.layout, self.boundary.unwrap_or(0));
+        let (layout, users_below) = (self.layout, self.boundary.map_or(0, Boundary::users_below));
         // The guest kernel's own memory within reach of its users: they may not run in that world any more.
-        let exposed = |at: GuestLin, l: &Leaf| supervisor && !l.user && at.0 < boundary;
+        let exposed = |at: GuestLin, l: &Leaf| supervisor && !l.user && at.0 < users_below;
         let span = if large { 512 } else { AROUND };
         let lo = lin.page_number() & !(span - 1);
         let centre = lin.page_number();
@@ -159,7 +159,8 @@ impl RawEngine {
             }
             if let Some(l) = this {
                 let w = Self::host_write(m, cpu, supervisor, &l);
-                let follows = run.last().is_some_and(|p: &Leaf| p.frame.0 + 0x1000 == l.frame.0);
+                let follows =
+                    run.last().is_some_and(|p: &Leaf| p.frame.0 + 0x1000 == l.frame.0 && p.user == l.user);
                 if follows && w == run_write {
                     run.push(l);
                     continue;

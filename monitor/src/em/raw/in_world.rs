@@ -23,7 +23,7 @@ fn rules(
     supervisor: bool,
     layout: &Layout,
     user_cs: u16,
-    boundary: Option<u32>,
+    boundary: Option<Boundary>,
 ) -> FillRules {
     let mut mode = FillMode::empty();
     mode.set(FillMode::ENABLED, cpu.paging());
@@ -44,7 +44,7 @@ fn rules(
             *slot = (layout.code(GuestLin(base)).0 >> 12, USER_TRAMP_LEN >> 12);
         }
     }
-    let users_below = if user_cs == 0 { 0 } else { boundary.unwrap_or(0) };
+    let users_below = if user_cs == 0 { 0 } else { boundary.map_or(0, Boundary::users_below) };
     FillRules {
         pdpte: cpu.pdpte,
         mode,
@@ -79,7 +79,13 @@ fn checked(fill: &Fill, layout: &Layout, frames: u32) -> Option<(GuestLin, Leaf)
 
 impl Space {
     /// Tells the world how it may fill its shadow in the run to come.
-    pub fn allow_fills(&mut self, cpu: &CpuState, layout: &Layout, user_cs: u16, boundary: Option<u32>) {
+    pub(super) fn allow_fills(
+        &mut self,
+        cpu: &CpuState,
+        layout: &Layout,
+        user_cs: u16,
+        boundary: Option<Boundary>,
+    ) {
         let rules = rules(cpu, self.supervisor(), layout, user_cs, boundary);
         if self.fill_rules != Some(rules) {
             self.world.set_fill_rules(&rules);

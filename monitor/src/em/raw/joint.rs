@@ -10,13 +10,17 @@
 //! (`docs/decisions/0007-code-segments-are-whole.md`). Where limits cannot tell users from the
 //! kernel (kernel memory below the boundary, CR0.WP clear, segments that are not flat) ring 3 still gets a world of its
 //! own.
+//!
+//! Where the engine has rings of its own (`ring1`), the same worlds are kept apart by pages: what the guest gives its
+//! users are user pages there, everything else is the supervisor's, and segments need not end anywhere.
 
 use super::*;
 
 /// How the guest kernel is kept from its users.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Isolation {
-    /// By the limits of data segments, in one world: fast, stops accidents.
+    /// In one world, by what the engine has for that: pages (`ring1`), or else the limits of data segments, which stop
+    /// accidents.
     #[default]
     Limits,
     /// By the limits of code segments, too: a jump into the guest kernel faults where it lands.
@@ -31,6 +35,33 @@ const MAX_JOINT_SPACES: usize = 16;
 const BOUNDARY_STEP: u32 = 256 << 20;
 /// Guest kernels whose page-fault handler is lower are not told from their users by limits.
 const LOWEST_KERNEL: u32 = 0x8000_0000;
+
+/// What keeps ring 3 from the guest kernel in joint worlds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Boundary {
+    /// The limits of its segments, at this guest linear address.
+    At(u32),
+    /// The U/S bit.
+    Pages,
+}
+
+impl Boundary {
+    /// Where segments of ring 3 end.
+    pub(super) fn limit(self) -> Option<u32> {
+        match self {
+            Boundary::At(end) => Some(end),
+            Boundary::Pages => None,
+        }
+    }
+    /// Whatever is mapped below this guest linear address ring 3 can reach.
+    pub(super) fn users_below(self) -> u32 {
+        self.limit().unwrap_or(0)
+    }
+    /// Ring 3 may have something at `lin`.
+    pub(super) fn holds(self, lin: GuestLin) -> bool {
+        self.limit().is_none_or(|end| lin.0 < end)
+    }
+}
 
 impl RawEngine {
     /// The space the CPU's next instruction runs in.
@@ -108,18 +139,23 @@ impl RawEngine {
 
     /// Maps into a new world the copies of kernel code the world used last has.
     fn show_known_code(&mut self, number: usize, latest: usize) -> Result<(), RawError> {
-        let boundary = self.boundary.unwrap_or(LOWEST_KERNEL);
+        let boundary = self.boundary.and_then(Boundary::limit).unwrap_or(LOWEST_KERNEL);
         let pages: Vec<_> = self.kernels[latest].code.pages().filter(|(lin, _)| lin.0 >= boundary).collect();
         for (lin, entry) in pages {
             if let Some(offset) = self.kernel_code.copy_of(lin, entry.pfn()) {
                 let layout = self.layout;
-                self.kernels[number].map_code_entry(lin, entry, Backing::Code(offset), &layout)?;
+                self.kernels[number].map_code_entry(
+                    lin,
+                    entry,
+                    (Backing::Code(offset), Whose::Kernels),
+                    &layout,
+                )?;
             }
         }
         Ok(())
     }
 
-    /// Whether segment limits can keep the ring-3 code that is about to run from the guest kernel.
+    /// Whether pages or segment limits can keep the ring-3 code that is about to run from the guest kernel.
     fn limits_hold(&mut self, cpu: &CpuState, m: &mut Machine) -> bool {
         let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
         let flat = |s: &Segment| s.is_flat() && s.big() && s.present();
@@ -128,9 +164,16 @@ impl RawEngine {
         if !flat(cs) || !flat(ss) || down || cpu.cr0 & cr0::WP == 0 {
             return false;
         }
+        if self.descriptors.rules().pages {
+            if self.boundary.is_none() {
+                self.boundary = Some(Boundary::Pages);
+                self.forget_segment_cache();
+            }
+            return true;
+        }
         if self.boundary.is_none() {
-            self.boundary = Self::find_boundary(cpu, m);
-            if let Some(boundary) = self.boundary {
+            self.boundary = Self::find_boundary(cpu, m).map(Boundary::At);
+            if let Some(Boundary::At(boundary)) = self.boundary {
                 log::info!("ring 3 ends at {boundary:08x}");
                 self.forget_segment_cache();
                 let layout = self.layout;
@@ -152,7 +195,7 @@ impl RawEngine {
                 }
             }
         }
-        self.boundary.is_some_and(|b| cpu.eip < b && self.layout.vcpu < b)
+        self.boundary.and_then(Boundary::limit).is_some_and(|b| cpu.eip < b && self.layout.vcpu < b)
     }
 
     /// The end of the user half: above the highest user page, not above the guest's page-fault handler.

@@ -60,6 +60,7 @@ pub struct KernelCode {
     /// The patch manager.
     pub patm: Patm,
     count_inline: bool,
+    ring: u8,
     pages: HashMap<u32, CodePage>,
     by_frame: HashMap<u32, Vec<u32>>,
     /// The memory of the patches' trampolines.
@@ -133,13 +134,14 @@ fn describe(patch: &Patch) -> String {
 }
 
 impl KernelCode {
-    /// An empty code view.
+    /// An empty code view; `ring`: the hardware ring it is run in.
     #[must_use]
-    pub fn new(layout: Layout, count_inline: bool) -> KernelCode {
+    pub fn new(layout: Layout, count_inline: bool, ring: u8) -> KernelCode {
         KernelCode {
             map: CodeMap::new(CodeSize::Bits32),
-            patm: Self::patm(&layout, count_inline),
+            patm: Self::patm(&layout, count_inline, ring),
             count_inline,
+            ring,
             pages: HashMap::new(),
             by_frame: HashMap::new(),
             trampolines: Trampolines::default(),
@@ -154,12 +156,13 @@ impl KernelCode {
         }
     }
 
-    fn patm(layout: &Layout, count_inline: bool) -> Patm {
+    fn patm(layout: &Layout, count_inline: bool, ring: u8) -> Patm {
         Patm::new(Config {
             tramp_base: layout.tramp,
             tramp_len: TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
+            ring,
         })
     }
 
@@ -171,7 +174,7 @@ impl KernelCode {
         }
         self.trampolines.free(code);
         let (counts, changes) = (self.counts, self.changes + 1);
-        *self = KernelCode::new(layout, self.count_inline);
+        *self = KernelCode::new(layout, self.count_inline, self.ring);
         (self.counts, self.changes) = (counts, changes);
     }
 

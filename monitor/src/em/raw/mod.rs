@@ -40,12 +40,13 @@ use host_driver_shim::world::{
     Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, SegmentRules, World, WorldError, WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
+use joint::Boundary;
 pub use joint::Isolation;
 use kernel_code::KernelCode;
 use layout::Layout;
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
-use space::{Descriptors, For, Role, Space};
+use space::{Descriptors, For, Role, Space, Whose};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
 
@@ -253,7 +254,7 @@ impl Worlds for Ring1Engine {
         EngineKind::Ring1
     }
     fn segments(&self) -> SegmentRules {
-        Ring1Engine::segment_rules()
+        SegmentRules { pages: self.has_smep(), ..Ring1Engine::segment_rules() }
     }
     fn settle(&self, delta: WorldLin) -> Result<(), WorldError> {
         Ring1Engine::settle(self, delta)
@@ -273,8 +274,8 @@ pub struct RawEngine {
     kernels: Vec<Space>,
     /// Worlds of guest ring 3 alone.
     users: Vec<Space>,
-    /// Where the limits of the segments of ring 3 end in joint worlds, once ring 3 has run; a guest linear address.
-    boundary: Option<u32>,
+    /// What keeps ring 3 from ring 0 in joint worlds, once ring 3 has run.
+    boundary: Option<Boundary>,
     descriptors: Descriptors,
     clock: u64,
     /// The ring-0 code view.
@@ -328,6 +329,8 @@ impl RawEngine {
         let rules = host.segments();
         let layout = Layout { hole: rules.hole, ..Layout::CANDIDATES[0] };
         host.settle(WorldLin(layout.delta))?;
+        // Ring 0 must not run what is shown to ring 3 as it is: if it does so by limits alone, that is a known gap.
+        let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Strict } else { isolation };
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
         let mut descriptors = Descriptors::new(rules);
         descriptors.limit_code = isolation == Isolation::LimitsCode;
@@ -343,9 +346,13 @@ impl RawEngine {
             boundary: None,
             descriptors,
             clock: 0,
-            kernel_code: KernelCode::new(layout, count_inline),
-            user_code: UserCode::default(),
-            joint_code: UserCode::patching(&layout, count_inline),
+            kernel_code: KernelCode::new(layout, count_inline, rules.ring0),
+            user_code: UserCode::new(rules.int_faults),
+            joint_code: if rules.int_faults {
+                UserCode::new(true)
+            } else {
+                UserCode::patching(&layout, count_inline)
+            },
             count_inline,
             transitions: Transitions::default(),
             quick: Default::default(),
@@ -431,6 +438,12 @@ impl RawEngine {
     #[must_use]
     pub fn flushed_in_worlds(&self) -> u64 {
         self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
+    }
+
+    /// System calls worlds without trampolines for them have sent to the guest's handler by themselves.
+    #[must_use]
+    pub fn calls_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.calls_done())).sum()
     }
 
     /// Ticks worlds have delivered to a guest that slept or was in ring 3, by themselves.
@@ -526,7 +539,10 @@ impl RawEngine {
         }
         self.catch_up(place, cpu, m)?;
         let whose = match cpu.cpl {
-            3 => For::Ring3 { below: self.boundary.filter(|_| matches!(place, Place::Kernel(_))) },
+            3 => {
+                let joint = self.boundary.filter(|_| matches!(place, Place::Kernel(_)));
+                For::Ring3 { below: joint.and_then(Boundary::limit) }
+            }
             _ => For::Ring0,
         };
         let sel = self.descriptors.selectors(&cpu.seg, &self.layout, whose);

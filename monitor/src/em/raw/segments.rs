@@ -79,7 +79,7 @@ pub struct Published {
     cr0: u32,
     cr4: u32,
     breakpoints: bool,
-    boundary: Option<u32>,
+    boundary: Option<Boundary>,
     tainted: bool,
     generation: u32,
     /// Vector of the timer's interrupt.
@@ -171,7 +171,7 @@ impl RawEngine {
     pub(super) fn user_code_selector(&mut self) -> u16 {
         let user_cs = self.transitions.user_cs;
         self.boundary.map_or(0, |b| {
-            self.descriptors.selector(&user_cs, true, &self.layout, For::Ring3 { below: Some(b) })
+            self.descriptors.selector(&user_cs, true, &self.layout, For::Ring3 { below: b.limit() })
         })
     }
 
@@ -265,6 +265,8 @@ impl RawEngine {
                 (vp::USER_SS_DESC_LOW, u.ss.low),
                 (vp::USER_SS_DESC_HIGH, u.ss.high),
                 (vp::USER_SS_HOST + 4, u32::from(u.ss_host)),
+                (vp::USER_FRAME + 4, u32::from(u.cs_host)),
+                (vp::USER_FRAME + 16, u32::from(u.ss_host)),
                 (vp::USER_SS, u32::from(self.transitions.user_ss.selector)),
                 (vp::USER_CS, u32::from(self.transitions.user_cs.selector)),
             ]),
@@ -296,7 +298,7 @@ impl RawEngine {
         }
         let table = |e: &Expected| Table { at: e.at, low: e.low, high: e.high };
         let cs_host = u32::from(self.descriptors.code_ring0());
-        let rules = |gate: &Option<Gate>| {
+        let rules = |gate: Option<&Gate>| {
             let (Some(gate), Some(cs)) = (gate, &kernel) else { return DeliveryRules::default() };
             let rules = DeliveryRules {
                 ready: 1,
@@ -319,14 +321,15 @@ impl RawEngine {
                 ..rules
             }
         };
-        w.set_delivery_rules(&rules(&page_fault));
-        w.set_tick_rules(&rules(&tick));
+        w.set_delivery_rules(&rules(page_fault.as_ref()));
+        w.set_tick_rules(&rules(tick.as_ref()));
+        w.set_call_rules(vector.unwrap_or(0), &rules(call.as_ref().map(|(_, gate)| gate)));
         self.kernels[number].published = Some(grounds);
         Ok(())
     }
 
     /// What `iret` to ring 3 needs, if it may be done in line.
-    fn user_segments(&mut self, boundary: u32, cpu: &CpuState, m: &mut Machine) -> Option<UserSegments> {
+    fn user_segments(&mut self, boundary: Boundary, cpu: &CpuState, m: &mut Machine) -> Option<UserSegments> {
         let Transitions { user_cs, user_ss, .. } = self.transitions;
         let flat = |s: &Segment| s.is_flat() && s.big() && s.present() && s.selector & 7 == 3;
         if !flat(&user_cs) || !flat(&user_ss) {
@@ -338,14 +341,14 @@ impl RawEngine {
                 &user_cs,
                 true,
                 &self.layout,
-                For::Ring3 { below: Some(boundary) },
+                For::Ring3 { below: boundary.limit() },
             ),
             ss: descriptor(cpu, m, &user_ss)?,
             ss_host: self.descriptors.selector(
                 &user_ss,
                 false,
                 &self.layout,
-                For::Ring3 { below: Some(boundary) },
+                For::Ring3 { below: boundary.limit() },
             ),
         })
     }
@@ -430,7 +433,7 @@ impl RawEngine {
     pub(super) fn ring3_selector(&mut self, s: &Segment) -> u16 {
         let Some(boundary) = self.boundary else { return 0 };
         if s.present() && s.attr.dpl() == 3 && !s.expands_down() {
-            self.descriptors.selector(s, false, &self.layout, For::Ring3 { below: Some(boundary) })
+            self.descriptors.selector(s, false, &self.layout, For::Ring3 { below: boundary.limit() })
         } else {
             0
         }

@@ -53,6 +53,15 @@ pub enum For {
     },
 }
 
+/// Whose view of the code a page shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Whose {
+    /// Ring 0's, scanned and patched.
+    Kernels,
+    /// Ring 3's.
+    Users,
+}
+
 /// The limit with which a data segment of guest ring 0 keeps out of the last `hole` bytes of the guest's addresses; None: it
 /// begins in them, or is of a kind that cannot be cut.
 fn limit_before_hole(seg: &Segment, hole: u32) -> Option<u32> {
@@ -103,6 +112,12 @@ impl Descriptors {
         self.slots.clear();
         self.contents.clear();
         self.generation += 1;
+    }
+
+    /// How segments are to be.
+    #[must_use]
+    pub fn rules(&self) -> &SegmentRules {
+        &self.rules
     }
 
     /// The selector of flat code of ring 0.
@@ -388,8 +403,8 @@ impl Space {
         if self.code.clear(lin) { self.world.unmap(layout.code(lin.page_base()), 0x1000) } else { Ok(()) }
     }
 
-    /// Maps a run of data pages: `pages[i]` is the leaf of the i-th page from `lin`, all contiguous frames and the same
-    /// host write access.
+    /// Maps a run of data pages: `pages[i]` is the leaf of the i-th page from `lin`, all contiguous frames, the same host
+    /// write access, and all for users or none.
     pub fn map_data_run(
         &mut self,
         lin: GuestLin,
@@ -402,7 +417,9 @@ impl Space {
         if first.shift > 12 {
             self.world.mark_large(lin.0);
         }
-        let prot = if host_write { Prot::READ | Prot::WRITE } else { Prot::READ };
+        let mut prot = Prot::READ;
+        prot.set(Prot::WRITE, host_write);
+        prot.set(Prot::USER, first.user);
         self.world.map(
             layout.data(lin.page_base()),
             (leaves.len() as u32) << 12,
@@ -430,10 +447,10 @@ impl Space {
         &mut self,
         lin: GuestLin,
         leaf: &Leaf,
-        backing: Backing,
+        (backing, whose): (Backing, Whose),
         layout: &Layout,
     ) -> Result<(), WorldError> {
-        self.map_code_entry(lin, Entry::new(leaf, false), backing, layout)
+        self.map_code_entry(lin, Entry::new(leaf, false), (backing, whose), layout)
     }
 
     /// The same for what another space's shadow says of it.
@@ -441,7 +458,7 @@ impl Space {
         &mut self,
         lin: GuestLin,
         entry: Entry,
-        backing: Backing,
+        (backing, whose): (Backing, Whose),
         layout: &Layout,
     ) -> Result<(), WorldError> {
         if self.code.len() > MAX_SMALL_MAPPINGS {
@@ -450,7 +467,9 @@ impl Space {
             self.code.clear_all();
             unmap_runs(self.world.as_mut(), layout, &places)?;
         }
-        self.world.map(layout.code(lin.page_base()), 0x1000, backing, Prot::READ | Prot::EXEC)?;
+        let mut prot = Prot::READ | Prot::EXEC;
+        prot.set(Prot::USER, whose == Whose::Users);
+        self.world.map(layout.code(lin.page_base()), 0x1000, backing, prot)?;
         self.code.set(lin.page_base(), entry);
         Ok(())
     }
@@ -535,8 +554,13 @@ mod tests {
     #[test]
     fn segments_of_ring_0_end_before_the_engines_own_place_and_those_of_ring_3_need_not() {
         const HOLE: u32 = 0x1_3000;
-        let rules =
-            SegmentRules { ring0: 1, code_ring0: 0x19, code_ring3: 0x23, hole: HOLE, readable_code: false };
+        let rules = SegmentRules {
+            ring0: 1,
+            code_ring0: 0x19,
+            hole: HOLE,
+            readable_code: false,
+            ..SegmentRules::RAW
+        };
         let mut d = Descriptors::new(rules);
         let layout = Layout { hole: HOLE, ..Layout::CANDIDATES[0] };
         // The last world address each can reach.

@@ -59,6 +59,8 @@ pub struct UserCode {
     order: VecDeque<(u32, u32)>,
     /// For joint worlds: what makes system calls without an exit.
     patcher: Option<UserPatcher>,
+    /// `int n` raises an exception by itself that says n.
+    int_faults: bool,
     /// The memory of the patches' trampolines.
     pub trampolines: Trampolines,
     by_frame: HashMap<u32, Vec<u32>>,
@@ -74,21 +76,24 @@ pub struct UserCode {
     pub copied: u64,
 }
 
-/// Whether a pair of bytes makes a page a candidate. Without branches, so that [`has_candidate`] becomes vector code.
-fn candidate(first: u8, second: u8) -> bool {
-    (first == 0x0f) & ((second == 0xa2) | (second <= 3)) | (first == 0xcd) & (second == 0x80)
+/// Whether a pair of bytes makes a page a candidate; `int_faults`: `int 80h` does not. Without branches, so that
+/// [`has_candidate`] becomes vector code.
+fn candidate(first: u8, second: u8, int_faults: bool) -> bool {
+    (first == 0x0f) & ((second == 0xa2) | (second <= 3)) | (first == 0xcd) & (second == 0x80) & !int_faults
 }
 
-fn has_candidate(bytes: &[u8; 4096]) -> bool {
-    bytes.iter().zip(&bytes[1..]).fold(false, |found, (&a, &b)| found | candidate(a, b))
+fn has_candidate(bytes: &[u8; 4096], int_faults: bool) -> bool {
+    bytes.iter().zip(&bytes[1..]).fold(false, |found, (&a, &b)| found | candidate(a, b, int_faults))
 }
 
 /// Whether the instruction must not run natively in ring 3.
-fn must_trap(kind: SensitiveKind) -> bool {
+fn must_trap(kind: SensitiveKind, int_faults: bool) -> bool {
+    if kind == SensitiveKind::Int {
+        return !int_faults;
+    }
     matches!(
         kind,
         SensitiveKind::Cpuid
-            | SensitiveKind::Int
             | SensitiveKind::Sgdt
             | SensitiveKind::Sidt
             | SensitiveKind::Sldt
@@ -123,6 +128,12 @@ fn agreed_boundary(bytes: &[u8; 80]) -> Option<usize> {
 }
 
 impl UserCode {
+    /// For worlds where nothing is patched.
+    #[must_use]
+    pub fn new(int_faults: bool) -> UserCode {
+        UserCode { int_faults, ..UserCode::default() }
+    }
+
     /// For joint worlds with this layout.
     #[must_use]
     pub fn patching(layout: &Layout, count_inline: bool) -> UserCode {
@@ -131,6 +142,7 @@ impl UserCode {
             tramp_len: USER_TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
+            ring: 3,
         });
         for base in USER_TRAMPS {
             patcher = patcher.with_region(base, USER_TRAMP_LEN);
@@ -198,7 +210,8 @@ impl UserCode {
         let mut bytes = [0u8; 4096];
         m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut bytes);
         let straddles = matches!(bytes[4095], 0x0f | 0xcd) && self.straddles(m, cpu, lin, bytes[4095]);
-        (!self.forced.contains(&key) && !straddles && !has_candidate(&bytes)).then_some(View::Direct)
+        (!self.forced.contains(&key) && !straddles && !has_candidate(&bytes, self.int_faults))
+            .then_some(View::Direct)
     }
 
     /// A pair begins with `last`, the last byte of the page of `lin`, and ends in the next, or that is not known.
@@ -206,7 +219,7 @@ impl UserCode {
         peek(m, cpu, lin.page_base().wrapping_add(0x1000)).is_none_or(|l| {
             let mut b = [0u8; 1];
             m.read_ram(l.frame, &mut b);
-            candidate(last, b[0])
+            candidate(last, b[0], self.int_faults)
         })
     }
 
@@ -327,7 +340,7 @@ impl UserCode {
             let to = (from + usize::from(len)).min(4096);
             put(code, page.offset + from as u64, &page.bytes[from..to]);
         }
-        for site in page.map.sites().filter(|s| must_trap(s.kind)) {
+        for site in page.map.sites().filter(|s| must_trap(s.kind, self.int_faults)) {
             if site.at.page_base() == base {
                 put(code, page.offset + site.at.page_offset() as u64, &[UNSCANNED]);
             }
@@ -418,7 +431,7 @@ impl UserCode {
         let (looked_at, copied) = (self.looked_at, self.copied);
         let fresh = match self.patcher {
             Some(_) => UserCode::patching(layout, count_inline),
-            None => UserCode::default(),
+            None => UserCode::new(self.int_faults),
         };
         *self = UserCode { looked_at, copied, ..fresh };
     }
@@ -465,7 +478,11 @@ mod tests {
 
     #[test]
     fn pairs_that_go_wrong_silently_make_a_page_a_candidate() {
-        assert!(candidate(0x0f, 0xa2) && candidate(0xcd, 0x80) && candidate(0x0f, 0x01));
-        assert!(!candidate(0x0f, 0xaf) && !candidate(0xcd, 0x81) && !candidate(0x90, 0xa2));
+        for int_faults in [false, true] {
+            let candidate = |first, second| candidate(first, second, int_faults);
+            assert!(candidate(0x0f, 0xa2) && candidate(0x0f, 0x01));
+            assert_ne!(candidate(0xcd, 0x80), int_faults);
+            assert!(!candidate(0x0f, 0xaf) && !candidate(0xcd, 0x81) && !candidate(0x90, 0xa2));
+        }
     }
 }
