@@ -249,6 +249,17 @@ pub struct DeliveryRules {
     pub user_ss_host: u32,
 }
 
+/// An event of ring 3 that has no more to it than a gate of the guest's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reflected {
+    /// `int n`, where [`SegmentRules::int_faults`].
+    Int(u8),
+    /// A fault without an error code, by its vector.
+    Fault(u8),
+    /// A trap, by its vector.
+    Trap(u8),
+}
+
 /// What a world may do by itself when a trampoline leaves by the gate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u32)]
@@ -427,11 +438,12 @@ pub trait World {
     }
     /// Says who watches the time in the next run. Only for worlds that [can](World::can_guard).
     fn set_guard(&mut self, _guard: &Guard) {}
-    /// Lets the world send `int vector` of ring 3 to the guest's handler by itself from the next run on, if `ready`. A world
-    /// that cannot do that, or whose trampolines do, ignores it.
-    fn set_call_rules(&mut self, _vector: u8, _rules: &DeliveryRules) {}
+    /// Lets the world send these events of ring 3 to the guest's handlers by itself from the next run on, if `ready`; the
+    /// rules differ in their gates only, and the first ones are the most wanted. A world that cannot do that, or whose
+    /// trampolines do, ignores it.
+    fn set_reflections(&mut self, _events: &[(Reflected, DeliveryRules)]) {}
     /// How many of those the world says it has sent, ever (wraps).
-    fn calls_done(&self) -> u32 {
+    fn reflected(&self) -> u32 {
         0
     }
     /// How many page faults the world says it has delivered to the guest, ever (wraps).

@@ -10,7 +10,7 @@ use host_driver_shim::raw::rc_deliver::{
 };
 use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::world::{
-    Backing, DeliveryRules, HostSegment, HwRegs, Prot, Table, World, WorldExit, WorldLin,
+    Backing, DeliveryRules, HostSegment, HwRegs, Prot, Reflected, Table, World, WorldExit, WorldLin,
 };
 
 /// Guest linear addresses: descriptors and the TSS; the end of ring 0's stack; the handler.
@@ -46,7 +46,7 @@ impl Calls {
         // `int 80h`, and behind it; a handler that leaves at once.
         g.put(&[0xcd, 0x80, 0xf4, 0xcd, 0x80]);
         let handler = g.code.alloc().unwrap();
-        g.code.write(handler, &[0xf4]).unwrap();
+        g.code.write(handler, &[0xf4; 3]).unwrap();
         let w = &mut g.world;
         w.map(WorldLin(HANDLER), 4096, Backing::Code(handler), Prot::READ | Prot::EXEC).unwrap();
         let data = |lin: u32| WorldLin(lin.wrapping_add(END));
@@ -122,7 +122,13 @@ impl Calls {
             w.vcpu_write(HOST_RING0 + at, u32::from(ring0));
             w.vcpu_write(HOST_RING3 + at, u32::from(ring3));
         }
-        w.set_call_rules(0x80, &self.rules);
+        let events = self.events();
+        self.g.world.set_reflections(&events);
+    }
+
+    fn events(&self) -> [(Reflected, DeliveryRules); 3] {
+        let other = |n: u32| DeliveryRules { target: HANDLER + n, if_mask: u32::MAX, ..self.rules };
+        [(Reflected::Fault(0), other(1)), (Reflected::Int(0x80), self.rules), (Reflected::Trap(3), other(2))]
     }
 
     /// Runs from `self.regs`.
@@ -150,10 +156,10 @@ impl Calls {
 
     /// And it goes to the handler.
     fn goes_to_the_handler(&mut self) -> HwRegs {
-        let done = self.g.world.calls_done();
+        let done = self.g.world.reflected();
         let (exit, regs) = self.run();
         assert_eq!((exit, regs.eip), (AT_HANDLER, HANDLER));
-        assert_eq!(self.g.world.calls_done(), done + 1);
+        assert_eq!(self.g.world.reflected(), done + 1);
         assert!(self.g.engine.is_intact());
         regs
     }
@@ -180,6 +186,35 @@ fn int_80h_goes_to_the_handler_as_the_gate_says() {
     c.reset();
     c.goes_to_the_handler();
     assert_eq!(c.g.world.vcpu_read(IF_FLAG), 0x200);
+}
+
+#[test]
+fn a_fault_goes_to_its_handler_with_rf_and_a_trap_without() {
+    let Some(mut c) = Calls::new() else { return };
+    // div ecx, by 0; int3; int 3; the others' handlers, which are the host's.
+    c.g.put(&[0xf7, 0xf1, 0xcc, 0xcd, 0x03, 0x0f, 0x0b]);
+    c.regs.gpr[ECX] = 0;
+    for (at, handler, eip, rf) in [(0, 1, 0, 0x1_0000), (2, 2, 3, 0), (3, 2, 5, 0)] {
+        c.reset();
+        c.regs.eip = CODE + at;
+        let (exit, regs) = c.run();
+        assert_eq!((exit, regs.eip), (AT_HANDLER, HANDLER + handler), "at {at}");
+        assert_eq!((c.stack(20), c.stack(12) & !0xcd5), (CODE + eip, 0x3202 | rf), "at {at}");
+        assert_eq!((regs.gpr[ESP], c.g.world.vcpu_read(IF_FLAG)), (ESP0 - 20, 0x200));
+    }
+    assert_eq!(c.g.world.reflected(), 3);
+    c.reset();
+    c.regs.eip = CODE + 5;
+    assert_eq!(c.run().0, WorldExit::Fault { vector: 6, error_code: 0, cr2: 0 });
+    assert_eq!(c.g.world.reflected(), 3);
+    // Of ring 0 they are none of this.
+    let (ring0, code) = (selector(FLAT, 1), Ring1Engine::segment_rules().code_ring0);
+    c.regs.sel = [ring0, code, ring0, ring0, 0, 0];
+    c.regs.eip = HANDLER;
+    let page = c.g.code.alloc().unwrap();
+    c.g.code.write(page, &[0xcc]).unwrap();
+    c.g.world.map(WorldLin(HANDLER), 4096, Backing::Code(page), Prot::READ | Prot::EXEC).unwrap();
+    assert_eq!(c.run().0, WorldExit::Fault { vector: 3, error_code: 0, cr2: 0 });
 }
 
 #[test]
@@ -220,9 +255,9 @@ fn what_is_not_as_the_host_found_it_is_left_to_the_host() {
     c.regs.eflags &= !0x4_0000;
     c.goes_to_the_handler();
     c.reset();
-    c.g.world.set_call_rules(0x81, &c.rules);
+    c.g.world.set_reflections(&[(Reflected::Int(0x81), c.rules)]);
     c.is_left_to_the_host("another vector");
-    c.g.world.set_call_rules(0x80, &DeliveryRules { from_ring3: 0, ..c.rules });
+    c.g.world.set_reflections(&[(Reflected::Int(0x80), DeliveryRules { from_ring3: 0, ..c.rules })]);
     c.is_left_to_the_host("no rules for ring 3");
     c.goes_to_the_handler();
 }

@@ -136,6 +136,8 @@ fn machine(seed: u64, cpl: u32) -> Machine {
         (page::USER_SS, u32::from(SS3)),
         (page::USER_CS_HOST + 4, u32::from(HOST_CS3)),
         (page::USER_SS_HOST + 4, u32::from(HOST_SS3)),
+        (page::USER_FRAME + 4, u32::from(HOST_CS3)),
+        (page::USER_FRAME + 16, u32::from(HOST_SS3)),
         (page::GATE_READY, 1),
         (page::GATE_VECTOR, 0x80),
         (page::GATE_AT, IDT + 0x400),
@@ -182,10 +184,10 @@ fn load_hardware(m: &mut Machine) {
     (m.hw_sel[1], m.hw_sel[2]) = if cpl == 0 { (HOST_CS0, HOST_SS0) } else { (HOST_CS3, HOST_SS3) };
 }
 
-/// `iretd` at `BASE`, patched.
-fn kernel() -> (Scanned, Patm) {
+/// `iretd` at `BASE`, patched for a ring 0 that runs in `ring`.
+fn kernel(ring: u8) -> (Scanned, Patm) {
     let scanned = Scanned::new(&[0x90, 0x90, 0x90, 0x90, 0xcf]);
-    let mut patm = Patm::new(config());
+    let mut patm = Patm::new(Config { ring, ..config() });
     scanned.patch_all(&mut patm);
     (scanned, patm)
 }
@@ -311,8 +313,8 @@ fn at_iret(patm: &Patm, m: &mut Machine) -> (Vec<u8>, u32) {
     (t.code, t.at)
 }
 
-fn run_iret(m: &mut Machine, flags: u32) -> (End, [usize; 2]) {
-    let (_, patm) = kernel();
+fn run_iret(m: &mut Machine, flags: u32, ring: u8) -> (End, [usize; 2]) {
+    let (_, patm) = kernel(ring);
     m.eip = BASE + 4;
     let (before, after) = (guest(m), after_iret(m, flags));
     let (code, at) = at_iret(&patm, m);
@@ -325,13 +327,13 @@ fn run_iret(m: &mut Machine, flags: u32) -> (End, [usize; 2]) {
 
 proptest! {
     #[test]
-    fn iret_to_ring_3_is_before_or_behind_at_every_boundary(seed: u64, flags: u32, rf: bool) {
+    fn iret_to_ring_3_is_before_or_behind_at_every_boundary(seed: u64, flags: u32, rf: bool, own_ring: bool) {
         let mut m = machine(seed, 0);
         reachable(&mut m);
         let flags = flags & (ARITHMETIC | DF) | IF | 2 | m.word(page::HIDDEN_FLAGS) | u32::from(rf) << 16;
         push_frame(&mut m, flags);
         let after = after_iret(&m, flags);
-        let (end, seen) = run_iret(&mut m, flags);
+        let (end, seen) = run_iret(&mut m, flags, if own_ring { 1 } else { 3 });
         prop_assert_eq!(end, End::Jumped);
         prop_assert!(seen[0] > 20 && seen[1] > 20, "{:?}", seen);
         prop_assert_eq!(guest(&m), after);
@@ -394,7 +396,7 @@ fn an_iret_to_ring_3_the_monitor_must_see_leaves_with_nothing_done() {
         spoil(&mut m);
         let mut before = guest(&m);
         let hardware = m.hw_sel;
-        let (end, seen) = run_iret(&mut m, IF | 2);
+        let (end, seen) = run_iret(&mut m, IF | 2, 3);
         assert_eq!((end, seen[1]), (End::Gate, 0), "{what}");
         before.eip = m.eip;
         assert_eq!(guest(&m), before, "{what}");
@@ -519,7 +521,7 @@ fn a_system_call_goes_in_and_out_in_line_whatever_interrupts_it() {
     let bytes = [0xb8, 0x14, 0, 0, 0, 0xcd, 0x80, 0x46, 0x4f, 0x75, 0xf5, 0xf4];
     let mut patcher = UserPatcher::new(user_config());
     let patch = patch_user(&mut patcher, 1, &bytes, &[USER], USER + 5).unwrap();
-    let (scanned, patm) = kernel();
+    let (scanned, patm) = kernel(3);
     let kernel_view = scanned.view(&patm);
     let mut user_view = bytes.to_vec();
     user_view[..7].copy_from_slice(&patch.write.bytes);

@@ -15,7 +15,7 @@ mod fill;
 mod init;
 mod jail;
 mod rc;
-mod rc_cpuid;
+pub(crate) mod rc_cpuid;
 pub mod rc_deliver;
 mod rc_doze;
 mod rc_fill;

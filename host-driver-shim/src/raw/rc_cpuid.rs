@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::arena::Arena;
 use super::rc_fill::Ram;
 use super::rc_walk::{Tables, walk};
-use crate::world::{CpuidRow, FillMode};
+use crate::world::{CpuidRow, FillMode, FillRules};
 
 /// Rows of the table.
 pub(crate) const ROWS: usize = 64;
@@ -50,22 +50,31 @@ pub(crate) unsafe fn answer(
     if n == 0 || eflags & TF != 0 || !alone && !joint || !rules.mode.contains(FillMode::ENABLED) {
         return None;
     }
+    let rows = (0..n.min(ROWS)).map(|i| {
+        // SAFETY: i < ROWS; as above.
+        unsafe { (&raw const (*a).cpuid.row).cast::<CpuidRow>().add(i).read_volatile() }
+    });
+    answer_by(&Ram { pages }, &rules, rows, eip, (leaf, subleaf))
+}
+
+/// The same from any table, for an `eip` of flat ring 3.
+pub(crate) fn answer_by<T: Tables>(
+    tables: &T,
+    rules: &FillRules,
+    rows: impl Iterator<Item = CpuidRow>,
+    eip: u32,
+    (leaf, subleaf): (u32, u32),
+) -> Option<[u32; 4]> {
     // The original bytes: what is executed may be a copy.
-    let ram = Ram { pages };
     let byte = |at: u32| -> Option<u32> {
-        let page = walk(&ram, &rules, at, false, true)?;
-        let word = ram.read(page.frame | u64::from(at & 0xffc))?;
+        let page = walk(tables, rules, at, false, true)?;
+        let word = tables.read(page.frame | u64::from(at & 0xffc))?;
         Some(word >> (8 * (at & 3)) & 0xff)
     };
     if byte(eip)? | byte(eip.wrapping_add(1))? << 8 != CPUID {
         return None;
     }
-    for i in 0..n.min(ROWS) {
-        // SAFETY: i < ROWS; as above.
-        let row = unsafe { (&raw const (*a).cpuid.row).cast::<CpuidRow>().add(i).read_volatile() };
-        if row.leaf == leaf && (row.any_subleaf != 0 || row.subleaf == subleaf) {
-            return Some(row.registers);
-        }
-    }
-    Some([0; 4])
+    let mut rows = rows;
+    let row = rows.find(|r| r.leaf == leaf && (r.any_subleaf != 0 || r.subleaf == subleaf));
+    Some(row.map_or([0; 4], |r| r.registers))
 }

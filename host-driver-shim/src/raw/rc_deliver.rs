@@ -48,7 +48,7 @@ pub(crate) const FIXED: u32 = 2;
 pub(crate) const IF: u32 = 0x200;
 pub(crate) const IOPL: u32 = 0x3000;
 const NT: u32 = 0x4000;
-const RF: u32 = 0x1_0000;
+pub(crate) const RF: u32 = 0x1_0000;
 /// TF, NT, AC, ID: with one of them set in ring 3 the monitor delivers.
 pub(crate) const USER_ONLY: u32 = 0x100 | NT | 0x4_0000 | 0x20_0000;
 /// Flags the hardware has while guest code runs: always IF.

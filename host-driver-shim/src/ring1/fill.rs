@@ -1,15 +1,17 @@
 //! What a world's `run` does by itself between two entries of guest code: data faults that are only misses of the shadow,
-//! page faults that are the guest's own, and `invlpg` of a small page. As the runtime of a raw world does
+//! page faults that are the guest's own, `cpuid` of ring 3 and `invlpg` of a small page. As the runtime of a raw world does
 //! ([`crate::raw::rc_walk`] is the same walk, [`rc_deliver`] the same delivery), with the same notes for the monitor.
 
 use crate::ram::GuestRam;
-use crate::raw::rc_deliver::{self, PageFault, SELECTORS, Side};
+use crate::raw::rc_cpuid;
+use crate::raw::rc_deliver::{self, PageFault, RF, SELECTORS, Side};
 use crate::raw::rc_walk::{self, Access, Page, prefetch, refusal, right, walk};
 use crate::world::{
-    DeliveryRules, Fill, FillMode, FillRules, HwRegs, QUICK_SITES, Quick, QuickKind, WorldLin,
+    CpuidRow, DeliveryRules, Fill, FillMode, FillRules, HwRegs, QUICK_SITES, Quick, QuickKind, WorldLin,
 };
 
 use super::machine::RAM_AT;
+use super::monitor;
 use super::tables::{Exhausted, Pool, Tables, bit};
 
 /// Pages mapped around a faulting one where the guest has them present. As in the monitor.
@@ -26,6 +28,8 @@ const MAX_RUN: u32 = 512;
 const PF_WRITE: u32 = 2;
 const PF_USER: u32 = 4;
 const PF_FETCH: u32 = 16;
+/// EFLAGS.TF.
+const TF: u32 = 0x100;
 /// No fault was answered yet.
 const NO_FAULT: u32 = u32::MAX;
 
@@ -34,6 +38,8 @@ const NO_FAULT: u32 = u32::MAX;
 pub(super) struct Filler {
     pub(super) rules: FillRules,
     pub(super) delivery: DeliveryRules,
+    /// What `cpuid` of ring 3 answers; empty: it is the monitor's.
+    pub(super) cpuid: Vec<CpuidRow>,
     pub(super) quick: [Quick; QUICK_SITES],
     /// A bit for each 2 MiB of guest linear space in which something of a large page was mapped, ever.
     large: [u32; 64],
@@ -105,6 +111,7 @@ impl Filler {
         Filler {
             rules: FillRules::default(),
             delivery: DeliveryRules::default(),
+            cpuid: Vec::new(),
             quick: Default::default(),
             large: [0; 64],
             log: Vec::new(),
@@ -131,6 +138,26 @@ impl Filler {
 
     fn is_taken(&self, tables: &Tables, page: u32) -> bool {
         page < LOW_PAGES || tables.is_other(page) || self.rules.keeps_out(page, 1)
+    }
+
+    /// Does the `cpuid` of ring 3 at which #GP was raised, if it is one.
+    pub(super) fn cpuid(&self, ram: &GuestRam, regs: &mut HwRegs) -> bool {
+        let flat_ring3 = regs.sel[1] == monitor::USER_CS;
+        if self.cpuid.is_empty()
+            || !flat_ring3
+            || regs.eflags & TF != 0
+            || !self.rules.mode.contains(FillMode::ENABLED)
+        {
+            return false;
+        }
+        let rows = self.cpuid.iter().copied();
+        let [eax, ecx, ..] = regs.gpr;
+        let answer = rc_cpuid::answer_by(&Ram(ram), &self.rules, rows, regs.eip, (eax, ecx));
+        let Some([eax, ebx, ecx, edx]) = answer else { return false };
+        regs.gpr[..4].copy_from_slice(&[eax, ecx, edx, ebx]);
+        regs.eip = regs.eip.wrapping_add(2);
+        regs.eflags &= !RF;
+        true
     }
 
     /// Delivers a page fault to the guest if its tables say that it is the guest's to see: the registers to go on with.
@@ -274,8 +301,8 @@ impl Filler {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tables::Pool;
     use super::*;
+    use crate::world::Table;
 
     const DELTA: u32 = 0x5000_0000;
 
@@ -354,5 +381,86 @@ mod tests {
         assert_eq!((notes(&mut f), f.flushes_done), (vec![(DELTA + 0x2_3000, 0, 0)], 1));
         f.mark_large(0x2_3456);
         assert_eq!(f.quick(&mut tables, 9, &gpr, selector(0x7b)), None, "a large page");
+    }
+
+    #[test]
+    fn cpuid_of_ring_3_is_answered_from_the_table_and_nothing_else_is() {
+        let (ram, _, mut f) = guest();
+        ram.write_u32(0x2_3000, 0xa20f_a20f).unwrap();
+        let regs = |eip| {
+            let mut regs = HwRegs { gpr: [7, 1, 2, 3, 4, 5, 6, 7], eip, ..HwRegs::default() };
+            regs.sel[1] = monitor::USER_CS;
+            regs
+        };
+        let mut r = regs(0x2_3000);
+        assert!(!f.cpuid(&ram, &mut r), "no table");
+        f.cpuid = vec![CpuidRow { leaf: 7, subleaf: 1, any_subleaf: 0, registers: [10, 20, 30, 40] }];
+        assert!(f.cpuid(&ram, &mut r));
+        assert_eq!((r.gpr, r.eip), ([10, 30, 40, 20, 4, 5, 6, 7], 0x2_3002));
+        assert!(f.cpuid(&ram, &mut r));
+        assert_eq!((r.gpr[..4].to_vec(), r.eip), (vec![0; 4], 0x2_3004), "a leaf that is not there");
+        assert!(!f.cpuid(&ram, &mut r), "another instruction");
+        let mut ring1 = HwRegs { sel: [0; 6], ..regs(0x2_3000) };
+        assert!(!f.cpuid(&ram, &mut ring1));
+        let mut stepped = HwRegs { eflags: TF, ..regs(0x2_3000) };
+        assert!(!f.cpuid(&ram, &mut stepped));
+        assert!(!f.cpuid(&ram, &mut regs(0x40_0000)), "no such page");
+    }
+
+    #[test]
+    fn a_page_fault_the_tables_refuse_goes_to_the_guests_handler() {
+        let (ram, _, mut f) = guest();
+        let pool = Pool::new(1 << 20).unwrap();
+        let vcpu = pool.alloc().unwrap();
+        // Descriptors and the TSS at 30000h, which is also where ring 0's stack ends.
+        let table = |n: u32| Table { at: 0x3_0000 + 8 * n, low: 0x100 + n, high: 0x200 + n };
+        f.rules.user_cs = u32::from(monitor::USER_CS);
+        f.delivery = DeliveryRules {
+            ready: 1,
+            from_ring3: 1,
+            gate: table(0),
+            target: 0xc000,
+            cs: 0x60,
+            cs_descriptor: table(1),
+            cs_host: u32::from(monitor::KERNEL_CS),
+            tss_esp0: 0x3_0100,
+            ss: 0x68,
+            ss_descriptor: table(2),
+            ss_host: 0x1005,
+            user_ss_host: 0x100f,
+            if_mask: 0,
+        };
+        for t in [f.delivery.gate, f.delivery.cs_descriptor, f.delivery.ss_descriptor] {
+            ram.write_u32(u64::from(t.at), t.low).unwrap();
+            ram.write_u32(u64::from(t.at) + 4, t.high).unwrap();
+        }
+        ram.write_u32(0x3_0100, 0x3_0000).unwrap();
+        ram.write_u32(0x3_0104, 0x68).unwrap();
+        let word = |at: u32, value: u32| pool.map().write_u32(vcpu + u64::from(at), value).unwrap();
+        word(rc_deliver::CPL, 3);
+        word(rc_deliver::IF_FLAG, 0x200);
+        word(SELECTORS + 4, 0x73);
+        word(SELECTORS + 8, 0x7b);
+        let mut regs = HwRegs { eip: 0x2_3000, eflags: 0x246, ..HwRegs::default() };
+        regs.gpr[4] = 0x2_8000;
+        (regs.sel[1], regs.sel[2]) = (monitor::USER_CS, 0x100f);
+        let fault = (DELTA + 0x40_1234, PF_USER | PF_WRITE);
+        assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, (DELTA + 0x2_3456, PF_USER)), None, "a miss");
+        ram.set_watched(0x2f, true);
+        assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, fault), None, "a stack that is watched");
+        ram.set_watched(0x2f, false);
+        let after = f.deliver((&pool, vcpu), &ram, &regs, fault).unwrap();
+        let frame = [24, 20, 16, 12, 8, 4].map(|below| ram.read_u32(0x3_0000 - below).unwrap());
+        assert_eq!(frame, [6, 0x2_3000, 0x73, 0x1_0246, 0x2_8000, 0x7b]);
+        assert_eq!((after.eip, after.gpr[4]), (0xc000, 0x3_0000 - 24));
+        assert_eq!((after.sel[1], after.sel[2]), (monitor::KERNEL_CS, 0x1005));
+        let word = |at: u32| pool.map().read_u32(vcpu + u64::from(at)).unwrap();
+        assert_eq!(
+            (word(rc_deliver::CPL), word(rc_deliver::CR2), word(rc_deliver::IF_FLAG)),
+            (0, 0x40_1234, 0)
+        );
+        assert_eq!(f.delivered, 1);
+        f.delivery.ready = 0;
+        assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, fault), None);
     }
 }

@@ -15,8 +15,8 @@ use super::{Engine, Kick, no_memory, refused};
 use crate::raw::rc_deliver::REFLECTED;
 use crate::raw::{GATE, GATE_REASON};
 use crate::world::{
-    Backing, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick, World,
-    WorldError, WorldExit, WorldLin,
+    Backing, CpuidRow, DeliveryRules, Fill, FillRules, HostSegment, HwRegs, Kicker, Prot, QUICK_SITES, Quick,
+    Reflected, World, WorldError, WorldExit, WorldLin,
 };
 
 /// EFLAGS that guest code may run with: all but IOPL, VM, VIF and VIP.
@@ -283,6 +283,11 @@ impl World for Ring1World {
                         return Ok(exit);
                     }
                 }
+                WorldExit::Fault { vector: 13, error_code: 0, .. } => {
+                    if !self.filler.cpuid(&self.engine.ram, regs) {
+                        return Ok(exit);
+                    }
+                }
                 WorldExit::Gate { reason } => {
                     let (pool, vcpu) = (&self.engine.pool, self.vcpu);
                     let word = |at: u32| pool.map().read_u32(vcpu + u64::from(at)).unwrap_or(0);
@@ -426,6 +431,10 @@ impl World for Ring1World {
         self.filler.rules = *rules;
     }
 
+    fn set_cpuid(&mut self, rows: &[CpuidRow]) {
+        self.filler.cpuid = rows.to_vec();
+    }
+
     fn set_delivery_rules(&mut self, rules: &DeliveryRules) {
         self.filler.delivery = *rules;
     }
@@ -434,15 +443,14 @@ impl World for Ring1World {
         self.filler.delivered
     }
 
-    fn set_call_rules(&mut self, vector: u8, rules: &DeliveryRules) {
-        let ss = u16::try_from(rules.ss_host).ok().and_then(|selector| self.segment_of(selector));
-        self.reflect = match (ss, self.region) {
-            (Some(ss), Some(region)) => Reflect::new(vector, rules, ss, region, self.vcpu_at),
-            _ => Reflect::NONE,
+    fn set_reflections(&mut self, events: &[(Reflected, DeliveryRules)]) {
+        self.reflect = match self.region {
+            Some(region) => Reflect::new(events, |selector| self.segment_of(selector), region, self.vcpu_at),
+            None => Reflect::NONE,
         };
     }
 
-    fn calls_done(&self) -> u32 {
+    fn reflected(&self) -> u32 {
         self.vcpu_read(REFLECTED)
     }
 

@@ -791,7 +791,8 @@ impl Em {
             }
             self.account.set_inline("shadow fill, in the world", raw.filled_in_worlds());
             self.account.set_inline("page fault to the guest, in the world", raw.delivered_in_worlds());
-            self.account.set_inline("int to the guest, in the world", raw.calls_in_worlds());
+            self.account
+                .set_inline("int and exceptions to the guest, in the world", raw.reflected_in_worlds());
             self.account.set_inline("invlpg, in the world", raw.flushed_in_worlds());
             self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
             self.account.set_inline("timer tick, in the world", raw.ticks_in_worlds());

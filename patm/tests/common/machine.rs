@@ -281,6 +281,15 @@ impl Machine {
                     assert_eq!(image & HELD_BACK, 0, "hardware flags must not get these");
                 }
             }
+            Mnemonic::Iretd if !bare && self.gpr[4] == VCPU + page::USER_FRAME => {
+                let words: [u32; 5] = std::array::from_fn(|_| self.pop(4));
+                eip = words[0];
+                self.hw_sel[1] = words[1] as u16;
+                self.flags = words[2] & (ARITHMETIC | DF);
+                assert_eq!(words[2] & HELD_BACK, 0, "hardware flags must not get these");
+                self.gpr[4] = words[3];
+                self.hw_sel[2] = words[4] as u16;
+            }
             Mnemonic::Iretd => {
                 assert!(bare, "iret would go by the host's tables");
                 eip = self.pop(4);

@@ -440,10 +440,11 @@ impl RawEngine {
         self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
     }
 
-    /// System calls worlds without trampolines for them have sent to the guest's handler by themselves.
+    /// System calls and exceptions of ring 3 that worlds have sent to the guest's handlers by themselves, other than page
+    /// faults.
     #[must_use]
-    pub fn calls_in_worlds(&self) -> u64 {
-        self.kernels.iter().map(|s| u64::from(s.world.calls_done())).sum()
+    pub fn reflected_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.reflected())).sum()
     }
 
     /// Ticks worlds have delivered to a guest that slept or was in ring 3, by themselves.

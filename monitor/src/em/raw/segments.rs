@@ -2,7 +2,7 @@
 //! world.
 
 use super::*;
-use host_driver_shim::world::{DeliveryRules, Table};
+use host_driver_shim::world::{DeliveryRules, Reflected, Table};
 
 /// A segment trampolines may load.
 #[derive(Clone, Copy)]
@@ -133,6 +133,9 @@ fn descriptor(cpu: &CpuState, m: &mut Machine, s: &Segment) -> Option<Expected> 
 
 /// The vector of the page fault.
 const PAGE_FAULT: u8 = 14;
+/// Exceptions of ring 3 that worlds may send to the guest's handlers: #DE and `int3`. What raises others the interpreter must
+/// have seen: it knows what the guest has there, and has.
+const REFLECTED: [Reflected; 2] = [Reflected::Fault(0), Reflected::Trap(3)];
 /// EFLAGS.RF.
 const RF: u32 = 1 << 16;
 
@@ -230,6 +233,14 @@ impl RawEngine {
             .and_then(|_| Some((vector?, self.gate(cpu, m, vector?).filter(|gate| gate.dpl == 3)?)));
         let page_fault = kernel.as_ref().and_then(|_| self.gate(cpu, m, PAGE_FAULT));
         let tick = kernel.as_ref().and_then(|_| self.gate(cpu, m, grounds.tick));
+        let exceptions = REFLECTED.map(|kind| {
+            let (vector, dpl) = match kind {
+                Reflected::Trap(vector) => (vector, 3),
+                Reflected::Fault(vector) | Reflected::Int(vector) => (vector, 0),
+            };
+            let gate = stack.as_ref().and_then(|_| self.gate(cpu, m, vector));
+            (kind, gate.filter(|gate| gate.dpl >= dpl))
+        });
         let mut host = Vec::new();
         if let Some(u) = &user {
             host.extend([u.cs_host, u.ss_host]);
@@ -323,7 +334,9 @@ impl RawEngine {
         };
         w.set_delivery_rules(&rules(page_fault.as_ref()));
         w.set_tick_rules(&rules(tick.as_ref()));
-        w.set_call_rules(vector.unwrap_or(0), &rules(call.as_ref().map(|(_, gate)| gate)));
+        let call = call.as_ref().map(|(vector, gate)| (Reflected::Int(*vector), rules(Some(gate))));
+        let others = exceptions.iter().map(|(kind, gate)| (*kind, rules(gate.as_ref())));
+        w.set_reflections(&call.into_iter().chain(others).collect::<Vec<_>>());
         self.kernels[number].published = Some(grounds);
         Ok(())
     }
