@@ -26,7 +26,6 @@ const LOG: usize = 512;
 const MAX_RUN: u32 = 512;
 /// Page-fault error code bits.
 const PF_WRITE: u32 = 2;
-const PF_USER: u32 = 4;
 const PF_FETCH: u32 = 16;
 /// EFLAGS.TF.
 const TF: u32 = 0x100;
@@ -52,6 +51,11 @@ pub(super) struct Filler {
     pub(super) delivered: u32,
     /// The fault answered last since the monitor's last look: page address and bit 1 for a write.
     last: u32,
+}
+
+/// Whose access it was. The error code says so, too, but QEMU's TCG has it wrong for the stack of `retf` and `iret`.
+pub(super) fn is_ring3(regs: &HwRegs) -> bool {
+    regs.sel[1] & 3 == 3
 }
 
 /// Guest RAM for the walk.
@@ -142,9 +146,8 @@ impl Filler {
 
     /// Does the `cpuid` of ring 3 at which #GP was raised, if it is one.
     pub(super) fn cpuid(&self, ram: &GuestRam, regs: &mut HwRegs) -> bool {
-        let flat_ring3 = regs.sel[1] == monitor::USER_CS;
         if self.cpuid.is_empty()
-            || !flat_ring3
+            || regs.sel[1] != monitor::USER_CS
             || regs.eflags & TF != 0
             || !self.rules.mode.contains(FillMode::ENABLED)
         {
@@ -171,7 +174,7 @@ impl Filler {
         if !self.rules.mode.contains(FillMode::ENABLED) {
             return None;
         }
-        let user = error & PF_USER != 0;
+        let user = is_ring3(regs);
         let (write, fetch) = (error & PF_WRITE != 0, error & PF_FETCH != 0);
         let lin = if fetch { cr2 } else { cr2.wrapping_sub(self.rules.delta) };
         let side = Delivering { ram: Ram(ram), pool, vcpu };
@@ -186,13 +189,13 @@ impl Filler {
         Some(regs)
     }
 
-    /// Answers a page fault if it is only a miss of the data shadow; false: it is the monitor's.
+    /// Answers a page fault if it is only a miss of the data shadow; false: it is the monitor's. `user`: of ring 3.
     pub(super) fn fill(
         &mut self,
         tables: &mut Tables,
         ram: &GuestRam,
-        cr2: u32,
-        error: u32,
+        (cr2, error): (u32, u32),
+        user: bool,
     ) -> Result<bool, Exhausted> {
         let mode = self.rules.mode;
         let write = error & PF_WRITE != 0;
@@ -208,7 +211,7 @@ impl Filler {
             return Ok(false);
         }
         let ram = Ram(ram);
-        let user = error & PF_USER != 0 || !mode.contains(FillMode::SUPERVISOR);
+        let user = user || !mode.contains(FillMode::SUPERVISOR);
         let lin = cr2.wrapping_sub(self.rules.delta);
         let Some(page) = walk(&ram, &self.rules, lin, write, user) else { return Ok(false) };
         if !ram.holds(page.frame >> 12) || write && ram.is_watched(page.frame >> 12) {
@@ -334,7 +337,7 @@ mod tests {
     #[test]
     fn a_miss_maps_the_pages_around_and_notes_them_as_one_run() {
         let (ram, mut tables, mut f) = guest();
-        assert!(f.fill(&mut tables, &ram, DELTA + 0x2_3456, 0).unwrap());
+        assert!(f.fill(&mut tables, &ram, (DELTA + 0x2_3456, 0), false).unwrap());
         let page = |lin: u32| tables.get((DELTA + lin) >> 12);
         assert_eq!(page(0x2_3000) & 0xf_ffff_f000, RAM_AT + 0x2_3000);
         assert_eq!(page(0x2_3000) & bit::WRITE, 0, "not dirty yet");
@@ -342,7 +345,7 @@ mod tests {
         assert_eq!((page(0x1_f000), page(0x3_0000)), (0, 0));
         assert_eq!(notes(&mut f), [(DELTA + 0x2_0000, 16, 0x20)]);
         // The write that follows sets D.
-        assert!(f.fill(&mut tables, &ram, DELTA + 0x2_3456, 2).unwrap());
+        assert!(f.fill(&mut tables, &ram, (DELTA + 0x2_3456, 2), false).unwrap());
         assert_ne!(tables.get((DELTA + 0x2_3000) >> 12) & bit::WRITE, 0);
         assert_eq!(ram.read_u32(0x2000 + 0x23 * 4).unwrap() & 0x60, 0x60);
     }
@@ -351,7 +354,7 @@ mod tests {
     fn what_is_not_plain_is_the_monitors() {
         let (ram, mut tables, mut f) = guest();
         let mut filled =
-            |f: &mut Filler, lin: u32, error| f.fill(&mut tables, &ram, DELTA + lin, error).unwrap();
+            |f: &mut Filler, lin: u32, error| f.fill(&mut tables, &ram, (DELTA + lin, error), false).unwrap();
         assert!(!filled(&mut f, 0x2_3000, PF_FETCH));
         assert!(!filled(&mut f, 0x40_0000, 0), "no table");
         f.rules.keep_out[0] = ((DELTA + 0x5_0000) >> 12, 1);
@@ -367,7 +370,7 @@ mod tests {
     #[test]
     fn an_invlpg_of_the_table_drops_its_page_and_is_noted() {
         let (ram, mut tables, mut f) = guest();
-        f.fill(&mut tables, &ram, DELTA + 0x2_3456, 0).unwrap();
+        f.fill(&mut tables, &ram, (DELTA + 0x2_3456, 0), false).unwrap();
         notes(&mut f);
         f.quick[3] = Quick { reason: 9, base: 2, selector: 0x7b, segment: 3, resume: 77, ..Quick::default() };
         let mut gpr = [0; 8];
@@ -444,8 +447,8 @@ mod tests {
         let mut regs = HwRegs { eip: 0x2_3000, eflags: 0x246, ..HwRegs::default() };
         regs.gpr[4] = 0x2_8000;
         (regs.sel[1], regs.sel[2]) = (monitor::USER_CS, 0x100f);
-        let fault = (DELTA + 0x40_1234, PF_USER | PF_WRITE);
-        assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, (DELTA + 0x2_3456, PF_USER)), None, "a miss");
+        let fault = (DELTA + 0x40_1234, PF_WRITE);
+        assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, (DELTA + 0x2_3456, 0)), None, "a miss");
         ram.set_watched(0x2f, true);
         assert_eq!(f.deliver((&pool, vcpu), &ram, &regs, fault), None, "a stack that is watched");
         ram.set_watched(0x2f, false);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::fill::Filler;
+use super::fill::{Filler, is_ring3};
 use super::machine::{CODE_AT, Exit, RAM_AT};
 use super::monitor::{self, FRAME_WORDS, Frame};
 use super::reflect::Reflect;
@@ -278,7 +278,7 @@ impl World for Ring1World {
                         *regs = handler;
                         continue;
                     }
-                    let filled = self.filler.fill(&mut self.tables, &self.engine.ram, cr2, error_code);
+                    let filled = self.filler.fill(&mut self.tables, &self.engine.ram, at, is_ring3(regs));
                     if !filled.map_err(no_memory)? {
                         return Ok(exit);
                     }

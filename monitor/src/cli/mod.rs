@@ -131,7 +131,7 @@ enum LockstepArg {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum IsolationArg {
-    /// By limits of data segments in one world: fast, stops accidents
+    /// In one world: fast. By limits of data segments, which stop accidents; on ring1 by pages
     Limits,
     /// By limits of code segments, too: stray jumps fault where they land; programs are some 10 % slower
     LimitsCode,
