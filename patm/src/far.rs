@@ -52,9 +52,13 @@ pub(crate) fn branch(e: &mut Emitter, insn: &Insn, kind: Kind, cx: &Context) -> 
     check_descriptor(e, page::IRET_DESC_AT, page::IRET_DESC_LOW, slow);
     e.load(EAX, page::SCRATCH_FAR);
     e.store(page::SCRATCH_TARGET, EAX);
+    let call = matches!(i.code(), Code::Call_ptr1632 | Code::Call_m1632);
+    if call {
+        // What is missing of the stack shows at the upper word first, and before anything is written.
+        e.op(&[0x83, 0x4c, 0x24, 0xfc, 0]); // or dword [esp - 4], 0
+    }
     clean_up(e, kind, cx);
-    if matches!(i.code(), Code::Call_ptr1632 | Code::Call_m1632) {
-        // The lower word first, which tells of a missing page as the interpreter does.
+    if call {
         e.op_parts(&[&[0xc7, 0x44, 0x24, 0xf8], &insn.next().to_le_bytes()]); // mov dword [esp - 8], imm32
         e.page_op(&[0xff], 6, page::SELECTORS + 4 * CS); // push cs
         e.state.esp_add = 4;
