@@ -126,7 +126,9 @@ fn errno(result: c_long) -> i32 {
 /// The child's word for "installed, but execution through it did not work".
 const BROKEN: i32 = 254;
 
-fn modify_ldt() -> Probe {
+/// Tries what raw mode stands on ([`HostCapabilities::modify_ldt`]), in a child process.
+#[must_use]
+pub fn modify_ldt() -> Probe {
     match in_child(far_call_through_ldt) {
         Ok(Child::Exit(0)) => Probe::Works("32-bit code ran through an LDT segment".into()),
         Ok(Child::Exit(BROKEN)) => {

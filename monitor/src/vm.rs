@@ -17,6 +17,7 @@ use crate::iom::{Devices, DevicesConfig};
 use crate::machine::Machine;
 use crate::outcome::{Ending, RunOutcome};
 use crate::tm::{Clock, HeldTime, host_utc_ns};
+use host_driver_shim::capabilities::{Probe, modify_ldt};
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::kvm::{self, KvmWorth};
 use host_driver_shim::ram::GuestRam;
@@ -201,7 +202,12 @@ fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, En
     if matches!(config.engine, EngineChoice::Auto | EngineChoice::Raw) {
         let instead =
             config.engine == EngineChoice::Auto && config.shuffle.is_none() && config.lockstep.is_none();
-        match raw_engine(ram, config, cpu) {
+        // Else this would show when the guest is under way.
+        let tried = match instead.then(modify_ldt) {
+            Some(Probe::Fails(why)) => Err(format!("modify_ldt: {why}")),
+            _ => Ok(()),
+        };
+        match tried.and_then(|()| raw_engine(ram, config, cpu)) {
             Ok(raw) => list.push(Box::new(raw)),
             Err(why) if instead => match kvm_engine(ram, &CpuPolicy::host()) {
                 Ok(kvm) => {
