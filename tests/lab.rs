@@ -155,8 +155,8 @@ fn debians_686_pae_kernel_passes_its_self_test_on_kvm() {
     debian_on_kvm("debian-686-pae");
 }
 
-/// Debian's 686 kernel reaches its userland, which switches the machine off.
-fn debian_boots(engine: &str) {
+/// Debian's 686 kernel reaches its userland, which switches the machine off; then what it printed is looked at.
+fn debian_boots(engine: &str, look: impl FnOnce(&str)) {
     if !debian_is_asked_for(&format!("Debian with {engine}")) {
         return;
     }
@@ -165,19 +165,27 @@ fn debian_boots(engine: &str) {
          --append 'console=ttyS0 quiet subring.run=poweroff'"
     );
     let output = or_skip!("lab", lab(&["--command", &job]));
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = String::from_utf8_lossy(&output.stdout).replace('\r', "");
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.contains("SUBRING-USERLAND"), "{text}");
+    look(&text);
 }
 
 #[test]
 fn debians_686_kernel_boots_on_ring1() {
     or_skip!("lab", cache::kernel_686());
-    debian_boots("--engine ring1");
+    debian_boots("--engine ring1 --stats", |text| {
+        // System calls in ring 0, and page faults in the loop around KVM_RUN: the monitor process sees the first of them.
+        let events =
+            ["int and exceptions to the guest, in the world", "page fault to the guest, in the world"];
+        for event in events {
+            assert!(gauge(text, event) > 100, "{event}: {text}");
+        }
+    });
 }
 
 #[test]
 fn debians_686_kernel_boots_while_it_goes_from_engine_to_engine() {
     or_skip!("lab", cache::kernel_686());
-    debian_boots("--engine-shuffle 50");
+    debian_boots("--engine-shuffle 50", |_| ());
 }
