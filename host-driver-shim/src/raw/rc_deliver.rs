@@ -57,9 +57,13 @@ const HOST_IF: u32 = IF;
 /// Whether the instruction whose bytes `byte` gives (none where there are none) has a CS prefix (SDM Vol. 2A, 2.1.1)
 /// among its first four bytes.
 pub fn has_cs_prefix(byte: impl FnMut(u32) -> Option<u8>) -> bool {
-    let prefix =
-        |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3);
-    (0..4).map_while(byte).take_while(prefix).any(|b| b == 0x2e)
+    (0..4).map_while(byte).take_while(|b| is_prefix(*b)).any(|b| b == 0x2e)
+}
+
+/// Whether this byte is a prefix of an instruction (SDM Vol. 2A, 2.1.1).
+#[must_use]
+pub fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
 /// What the world's side of an engine has to deliver with: guest RAM (also where the guest's tables are), and the vCPU page.

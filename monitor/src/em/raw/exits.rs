@@ -290,7 +290,28 @@ impl RawEngine {
             }
             WorldExit::Fault { vector, .. } => {
                 record(Cause::GuestFault, Route::Signal);
-                Ok(Self::other_fault(cpu, m, vector))
+                let after = Self::other_fault(cpu, m, vector);
+                if matches!(vector, 3 | 4) {
+                    self.step_back_over_prefixes(cpu, m);
+                }
+                Ok(after)
+            }
+        }
+    }
+
+    /// EIP is at the opcode of an instruction of ring 0: brings it to the start.
+    fn step_back_over_prefixes(&self, cpu: &mut CpuState, m: &mut Machine) {
+        let mut at = cpu.eip;
+        // No instruction has more than 15 bytes.
+        for _ in 0..15 {
+            if self.kernel_code.is_proven_start(GuestLin(at)) {
+                cpu.eip = at;
+                return;
+            }
+            at = at.wrapping_sub(1);
+            let mut byte = [0u8; 1];
+            if m.fetch(cpu, GuestLin(at), &mut byte).is_err() || !raw::rc_deliver::is_prefix(byte[0]) {
+                return;
             }
         }
     }
