@@ -23,9 +23,10 @@ fn pushed(d: &Difference) -> bool {
     matches!(d.place, Place::Memory(at) if (STACKS..STACKS + 0x4000).contains(&at))
 }
 
-/// A bit of a word or a half of one that ours has and theirs has not.
+/// What differs is this bit of the word, or of its upper half; ours has it.
 fn only_ours(d: &Difference, bit: u32) -> bool {
-    d.ours ^ d.theirs == d.ours & (bit | bit << 16)
+    let differs = d.ours ^ d.theirs;
+    (differs == bit || differs == bit << 16) && d.ours & differs != 0
 }
 
 fn descriptor_high(d: &Difference) -> bool {
