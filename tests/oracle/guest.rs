@@ -28,7 +28,9 @@ pub const COMPARED: std::ops::Range<usize> = 0x3000..0x2_8000;
 /// Linear minus physical addresses.
 pub const BASES: [u32; 5] = [0xc100_0000, 0xc000_0000, 0xf800_0000, 0x0040_0000, 0x0840_0000];
 
-fn descriptor(base: u32, limit: u32, access: u8, flags: u8) -> [u8; 8] {
+/// A segment descriptor: access byte, and the nibble G, D/B, L, AVL (SDM Vol. 3A, 3.4.5).
+#[must_use]
+pub fn descriptor(base: u32, limit: u32, access: u8, flags: u8) -> [u8; 8] {
     let low = base << 16 | limit & 0xffff;
     let high = base & 0xff00_0000
         | base >> 16 & 0xff

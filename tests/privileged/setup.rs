@@ -4,6 +4,7 @@
 //! addresses that no virtual machine can execute ([`super::case`]).
 
 use monitor::cpum::{CpuState, SegAttr, Segment, TableRegister, cr0, eflags, gpr, seg};
+pub(crate) use subring_tests::oracle::guest::descriptor as segment;
 
 /// Bytes of RAM.
 pub(crate) const RAM: u32 = 0xc000;
@@ -68,18 +69,6 @@ pub(crate) mod sel {
     pub(crate) const fn any(access: u8) -> u16 {
         ANY + (access as u16) * 8
     }
-}
-
-/// A segment descriptor: access byte, and the nibble G, D/B, L, AVL.
-#[must_use]
-pub(crate) fn segment(base: u32, limit: u32, access: u8, flags: u8) -> [u8; 8] {
-    let low = base << 16 | limit & 0xffff;
-    let high = base & 0xff00_0000
-        | base >> 16 & 0xff
-        | u32::from(access) << 8
-        | limit & 0xf_0000
-        | u32::from(flags) << 20;
-    (u64::from(high) << 32 | u64::from(low)).to_le_bytes()
 }
 
 /// A gate.
