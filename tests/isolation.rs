@@ -59,12 +59,6 @@ fn verdicts(console: &str) -> Verdicts {
     v
 }
 
-/// A tick between a selector's load and its use can make #GP of the use (docs/decisions/0003, saved and restored selectors):
-/// nothing is reached that should not be, and another run does not meet it at the same place.
-const INTERRUPTED_LOAD: &str = "does not work for user memory: vector 0000000d";
-/// Runs before that is a failure all the same.
-const TRIES: u32 = 3;
-
 /// Boots with this isolation, runs the program, and yields what it said.
 fn in_a_guest(test: &str, isolation: &str) -> Option<Verdicts> {
     let skipped = |reason| {
@@ -108,15 +102,7 @@ fn in_a_guest(test: &str, isolation: &str) -> Option<Verdicts> {
 fn check(isolation: &str, mut is_allowed: impl FnMut(&str) -> bool) {
     let _turn = one_guest_at_a_time();
     let test = format!("isolation: {isolation}");
-    let Some(mut v) = in_a_guest(&test, isolation) else { return };
-    for _ in 1..TRIES {
-        if v.failures.is_empty() || !v.failures.iter().all(|line| line.ends_with(INTERRUPTED_LOAD)) {
-            break;
-        }
-        println!("again, for a known limit of raw mode: {}", v.failures.join("; "));
-        let Some(again) = in_a_guest(&test, isolation) else { return };
-        v = again;
-    }
+    let Some(v) = in_a_guest(&test, isolation) else { return };
     println!("{isolation}: {} forms blocked or right, gaps {:?}", v.ok.len(), v.gaps);
     assert!(v.failures.is_empty(), "not as on bare metal:\n{}", v.failures.join("\n"));
     assert!(v.ok.len() >= AT_LEAST, "only {} forms were tried", v.ok.len());

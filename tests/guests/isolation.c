@@ -134,6 +134,8 @@ enum {
 
 struct form { const char *name; void (*run)(void), (*instruction)(void); u32 flags, slack; };
 
+/* Time for ticks and other processes between a segment's load and its use. DS may be null or any other by then. */
+#define LATER "movl %ss:patience, %ecx; 1: decl %ecx; jnz 1b"
 #define BOTH_WAYS(X, name, flags, setup, i) X(name, flags, 1, setup, i) X(name##_down, flags, 1, setup "; std", i)
 #define STACK_AT(n) "leal " #n "(%edx), %esp"
 #define FORMS(X) \
@@ -244,35 +246,35 @@ struct form { const char *name; void (*run)(void), (*instruction)(void); u32 fla
     X(straddle_movups, R|FIXED, 1, "movl $0xbffffff8, %esi", "movups (%esi), %xmm0") \
     X(straddle_movups_store, W|FIXED, 1, "movl $0xbffffff8, %esi", "movups %xmm0, (%esi)") \
     X(straddle_fstpt, W|FIXED, 1, "movl $0xbffffff8, %esi; fld1", "fstpt (%esi)") \
-    X(fs_null, GP, 1, "movw %cx, %fs", "movl %fs:(%edx), %eax") X(gs_null, GP, 1, "movw %cx, %gs", "movl %gs:(%edx), %eax") \
-    X(ds_null, GP, 1, "movw %cx, %ds", "movl (%edx), %eax") X(es_null, GP, 1, "movw %cx, %es", "movl %eax, %es:(%edx)") \
-    X(ds_again, R|C|GAP, 1, "movl $0x7b, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
-    X(gs_as_ds, R|C|GAP, 1, "movl $0x7b, %ecx; movw %cx, %gs", "movl %gs:(%edx), %eax") \
+    X(fs_null, GP, 1, "movw %cx, %fs; " LATER, "movl %fs:(%edx), %eax") X(gs_null, GP, 1, "movw %cx, %gs; " LATER, "movl %gs:(%edx), %eax") \
+    X(ds_null, GP, 1, "movw %cx, %ds; " LATER, "movl (%edx), %eax") X(es_null, GP, 1, "movw %cx, %es; " LATER, "movl %eax, %es:(%edx)") \
+    X(ds_again, R|C|GAP, 1, "movl $0x7b, %ecx; movw %cx, %ds; " LATER, "movl (%edx), %eax") \
+    X(gs_as_ds, R|C|GAP, 1, "movl $0x7b, %ecx; movw %cx, %gs; " LATER, "movl %gs:(%edx), %eax") \
     X(ss_again, W|C, 1, "movl $0x7b, %ecx; movw %cx, %ss", "movl %eax, %ss:(%edx)") \
-    X(ds_as_cs, R|C, 1, "movl $0x73, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
-    X(ds_to_es, W|C|SELECTOR, 1, "movl %ds, %ecx; movw %cx, %es", "movl %eax, %es:(%edx)") \
-    X(cs_to_fs, R|C|SELECTOR, 1, "movl %cs, %ecx; movw %cx, %fs", "movl %fs:(%edx), %eax") \
-    X(ss_to_gs, W|C|SELECTOR, 1, "movl %ss, %ecx; movw %cx, %gs", "movl %eax, %gs:(%edx)") \
-    X(tls_flat_ds, W|C, 1, "movl sel_flat, %ecx; movw %cx, %ds", "movl %eax, (%edx)") \
-    X(tls_flat_es, W|C, 1, "movl sel_flat, %ecx; movw %cx, %es", "movl %eax, %es:(%edx)") \
-    X(tls_flat_fs, R|C|GAP, 1, "movl sel_flat, %ecx; movw %cx, %fs", "movl %fs:(%edx), %eax") \
-    X(tls_flat_gs, R|C|GAP, 1, "movl sel_flat, %ecx; movw %cx, %gs", "movl %gs:(%edx), %eax") \
+    X(ds_as_cs, R|C, 1, "movl $0x73, %ecx; movw %cx, %ds; " LATER, "movl (%edx), %eax") \
+    X(ds_to_es, W|C|SELECTOR, 1, "movl %ds, %ecx; movw %cx, %es; " LATER, "movl %eax, %es:(%edx)") \
+    X(cs_to_fs, R|C|SELECTOR, 1, "movl %cs, %ecx; movw %cx, %fs; " LATER, "movl %fs:(%edx), %eax") \
+    X(ss_to_gs, W|C|SELECTOR, 1, "movl %ss, %ecx; movw %cx, %gs; " LATER, "movl %eax, %gs:(%edx)") \
+    X(tls_flat_ds, W|C, 1, "movl sel_flat, %ecx; movw %cx, %ds; " LATER, "movl %eax, (%edx)") \
+    X(tls_flat_es, W|C, 1, "movl sel_flat, %ecx; movw %cx, %es; " LATER, "movl %eax, %es:(%edx)") \
+    X(tls_flat_fs, R|C|GAP, 1, "movl sel_flat, %ecx; movw %cx, %fs; " LATER, "movl %fs:(%edx), %eax") \
+    X(tls_flat_gs, R|C|GAP, 1, "movl sel_flat, %ecx; movw %cx, %gs; " LATER, "movl %gs:(%edx), %eax") \
     X(tls_flat_ss, W|C, 1, "movl sel_flat, %ecx; movw %cx, %ss", "movl %eax, %ss:(%edx)") \
-    X(tls_based_gs, R|C|GAP, 1, "movl sel_tls, %ecx; movw %cx, %gs; subl tls_base, %edx", "movl %gs:(%edx), %eax") \
-    X(tls_based_fs, R|C|GAP, 1, "movl sel_tls, %ecx; movw %cx, %fs; subl tls_base, %edx", "movl %fs:(%edx), %eax") \
-    X(tls_based_ds, R|C|GAP, 1, "movl sel_tls, %ecx; subl tls_base, %edx; movw %cx, %ds", "movl (%edx), %eax") \
-    X(ldt_flat_ds, W|C, 1, "movl $7, %ecx; movw %cx, %ds", "movl %eax, (%edx)") \
-    X(ldt_flat_gs, R|C, 1, "movl $7, %ecx; movw %cx, %gs", "movl %gs:(%edx), %eax") \
+    X(tls_based_gs, R|C|GAP, 1, "movl sel_tls, %ecx; movw %cx, %gs; " LATER "; subl tls_base, %edx", "movl %gs:(%edx), %eax") \
+    X(tls_based_fs, R|C|GAP, 1, "movl sel_tls, %ecx; movw %cx, %fs; " LATER "; subl tls_base, %edx", "movl %fs:(%edx), %eax") \
+    X(tls_based_ds, R|C|GAP, 1, "movl sel_tls, %ecx; subl tls_base, %edx; movw %cx, %ds; " LATER, "movl (%edx), %eax") \
+    X(ldt_flat_ds, W|C, 1, "movl $7, %ecx; movw %cx, %ds; " LATER, "movl %eax, (%edx)") \
+    X(ldt_flat_gs, R|C, 1, "movl $7, %ecx; movw %cx, %gs; " LATER, "movl %gs:(%edx), %eax") \
     X(ldt_flat_ss, W|C, 1, "movl $7, %ecx; movw %cx, %ss", "movl %eax, %ss:(%edx)") \
-    X(ldt_expand_down, R|C, 1, "movl $15, %ecx; movw %cx, %fs", "movl %fs:(%edx), %eax") \
-    X(ldt_expand_down_ds, R|C, 1, "movl $15, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
-    X(ldt_based_gs, R|C|GAP, 1, "movl $23, %ecx; movw %cx, %gs", "movl %gs:-0x1000(%edx), %eax") \
+    X(ldt_expand_down, R|C, 1, "movl $15, %ecx; movw %cx, %fs; " LATER, "movl %fs:(%edx), %eax") \
+    X(ldt_expand_down_ds, R|C, 1, "movl $15, %ecx; movw %cx, %ds; " LATER, "movl (%edx), %eax") \
+    X(ldt_based_gs, R|C|GAP, 1, "movl $23, %ecx; movw %cx, %gs; " LATER, "movl %gs:-0x1000(%edx), %eax") \
     X(ldt_based_ss, W, 1, "movl $23, %ecx; movw %cx, %ss", "movl %eax, %ss:-0x1000(%edx)") \
     X(ldt_code, R, 1, "pushl $31; pushl $at_ldt_code; lret", "movl %cs:(%edx), %eax; ljmp $0x73, $done") \
     X(ldt_code_ds, R, 1, "pushl $31; pushl $at_ldt_code_ds; lret", "movl (%edx), %eax; ljmp $0x73, $done") \
     X(ldt_code_based, R|ANY_EIP, 1, "pushl $39; pushl $at_ldt_code_based - 0x1000; lret", \
       "movl %cs:-0x1000(%edx), %eax; ljmp $0x73, $done") \
-    X(host_flat, GP|GAP|ANY_EIP|ANY_GP, 1, "movl $0x2b, %ecx; movw %cx, %ds", "movl (%edx), %eax") \
+    X(host_flat, GP|GAP|ANY_EIP|ANY_GP, 1, "movl $0x2b, %ecx; movw %cx, %ds; " LATER, "movl (%edx), %eax") \
     X(host_code, GP|GAP|ANY_EIP|ANY_GP, 1, "ljmp $0x23, $at_host_code", "movl %cs:(%edx), %eax; ljmp $0x73, $done")
 
 #define CODE(name, flags, slack, setup, i) \
@@ -285,6 +287,9 @@ static const struct form forms[] = { FORMS(ENTRY) };
 static u32 targets[24] = { 0xc0000000, 0xc0000ffc, 0xc0100000, 0xc1000000, 0xc8000000, 0xcffffffc, 0xf8000000, 0xffffe000,
                            0xfffff000, 0xfffffffc };
 static u32 target_count = 10;
+
+u32 patience = 1;
+enum { TWO_TICKS = 30000000 };
 
 static u32 try_once(const struct form *f, u32 target)
 {
@@ -483,10 +488,10 @@ static void go_astray(void)
     X(prefetch_kernel, 7, "prefetcht0 0xc0000000; prefetchnta 0xfffff000; movl $7, %eax") \
     X(lea_kernel, 0xc0000004, "leal 4(%edx), %eax") \
     X(nop_kernel, 8, "nopl (%edx); movl $8, %eax") \
-    X(tls_negative, 0xabcd, "movl sel_tls, %ecx; movw %cx, %gs; movl tls_base, %esi; movl $0xabcd, -8(%esi); movl %gs:-8, %eax") \
-    X(tls_negative_store, 0xef01, "movl sel_tls, %ecx; movw %cx, %gs; movl tls_base, %esi; movl $-64, %ecx;" \
+    X(tls_negative, 0xabcd, "movl sel_tls, %ecx; movw %cx, %gs; " LATER "; movl tls_base, %esi; movl $0xabcd, -8(%esi); movl %gs:-8, %eax") \
+    X(tls_negative_store, 0xef01, "movl sel_tls, %ecx; movw %cx, %gs; " LATER "; movl tls_base, %esi; movl $-64, %ecx;" \
       "movl $0xef01, %gs:(%ecx); movl -64(%esi), %eax") \
-    X(tls_positive, 0x2345, "movl sel_tls, %ecx; movw %cx, %gs; movl tls_base, %esi; movl $0x2345, 16(%esi); movl %gs:16, %eax") \
+    X(tls_positive, 0x2345, "movl sel_tls, %ecx; movw %cx, %gs; " LATER "; movl tls_base, %esi; movl $0x2345, 16(%esi); movl %gs:16, %eax") \
     X(far_jmp, 5, "ljmp $0x73, $1f; 1: movl $5, %eax") \
     X(far_jmp_pointer, 6, "movl $1f, (%ebx); movl $0x73, 4(%ebx); ljmp *(%ebx); 1: movl $6, %eax") \
     X(far_call_ret, 9, "lcall $0x73, $1f; jmp done; 1: movl $9, %eax; lret") \
@@ -586,6 +591,13 @@ static __attribute__((used)) void start_c(long *stack)
     system_calls();
     run_repetitions();
     for (u32 i = 0; i < sizeof forms / sizeof forms[0]; i++) run_form(&forms[i]);
+    u32 all = target_count;
+    patience = TWO_TICKS;
+    target_count = 1;
+    what_works();
+    for (u32 i = 0; i < sizeof forms / sizeof forms[0]; i++) run_form(&forms[i]);
+    patience = 1;
+    target_count = all;
     go_astray();
     what_works(); /* still */
     put("ISOLATION-END "); put_dec(good); put(" "); put_dec(bad); put(" "); put_dec(gaps); flush();

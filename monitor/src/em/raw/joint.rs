@@ -159,7 +159,7 @@ impl RawEngine {
     fn limits_hold(&mut self, cpu: &CpuState, m: &mut Machine) -> bool {
         let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
         let flat = |s: &Segment| s.is_flat() && s.big() && s.present();
-        // What expands down has no upper end that could be moved.
+        // Nothing of these is reached in a joint world (`Descriptors::selector`).
         let down = [seg::ES, seg::DS, seg::FS, seg::GS].iter().any(|&i| cpu.seg[i].expands_down());
         if !flat(cs) || !flat(ss) || down || cpu.cr0 & cr0::WP == 0 {
             return false;

@@ -442,10 +442,10 @@ impl RawEngine {
         }
     }
 
-    /// The host selector with which ring 3 may use a data segment in a joint world; 0: it may not.
+    /// The host selector of a data segment for ring 3 in a joint world; 0 if a return to ring 3 makes it null.
     pub(super) fn ring3_selector(&mut self, s: &Segment) -> u16 {
         let Some(boundary) = self.boundary else { return 0 };
-        if s.present() && s.attr.dpl() == 3 && !s.expands_down() {
+        if s.present() && s.attr.dpl() == 3 {
             self.descriptors.selector(s, false, &self.layout, For::Ring3 { below: boundary.limit() })
         } else {
             0

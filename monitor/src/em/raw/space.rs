@@ -161,24 +161,16 @@ impl Descriptors {
         };
         let beside_kernel = matches!(whose, For::Ring3 { below: Some(_) });
         let limit = match whose {
+            // What expands down has no upper end that could be moved.
+            For::Ring3 { below: Some(_) } if !is_cs && seg.expands_down() => {
+                return self.unreachable(ring, layout);
+            }
             For::Ring3 { below: Some(end) } if seg.base == 0 && (!is_cs || self.limit_code) => {
                 seg.limit.min(end.wrapping_sub(1))
             }
             For::Ring0 if rules.hole != 0 && !is_cs => match limit_before_hole(seg, rules.hole) {
                 Some(limit) => limit,
-                // Not a byte of it can be reached; what is tried is interpreted.
-                None => {
-                    return self.slot(HostSegment {
-                        base: layout.delta,
-                        limit: 0xf_ffff,
-                        limit_in_pages: true,
-                        code: false,
-                        big: true,
-                        expand_down: true,
-                        rw: true,
-                        ring,
-                    });
-                }
+                None => return self.unreachable(ring, layout),
             },
             _ => seg.limit,
         };
@@ -213,6 +205,20 @@ impl Descriptors {
             big: seg.big(),
             expand_down,
             rw: !code && rw,
+            ring,
+        })
+    }
+
+    /// A data segment of which not a byte can be reached: what is tried is interpreted.
+    fn unreachable(&mut self, ring: u8, layout: &Layout) -> u16 {
+        self.slot(HostSegment {
+            base: layout.delta,
+            limit: 0xf_ffff,
+            limit_in_pages: true,
+            code: false,
+            big: true,
+            expand_down: true,
+            rw: true,
             ring,
         })
     }
