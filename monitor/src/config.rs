@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bitflags::bitflags;
 use csam::GuestPhys;
 
+use crate::em::engine::EngineKind;
 use crate::em::raw::Isolation;
 
 /// One mebibyte in bytes.
@@ -49,12 +50,14 @@ impl EngineChoice {
 }
 
 /// Random changes of engines.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ShuffleConfig {
     /// Guest time between two changes, ms.
     pub interval_ms: u32,
     /// Repeats the order of another run.
     pub seed: Option<u64>,
+    /// These and the interpreter, and each of them must be there; empty: all there are.
+    pub engines: Vec<EngineKind>,
 }
 
 /// Comparison with the interpreter.

@@ -12,6 +12,7 @@ pub mod debug;
 pub mod devices;
 pub mod doctor;
 pub mod em;
+mod engines;
 pub mod env;
 pub mod interp;
 pub mod iom;

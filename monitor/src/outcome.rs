@@ -74,6 +74,12 @@ pub enum Ending {
 }
 
 impl Ending {
+    /// The host cannot give `what`.
+    #[must_use]
+    pub fn host_cannot(what: &str, why: &dyn std::fmt::Display) -> Ending {
+        Ending::HostCannot(format!("{what}: {why}; `subring doctor` shows what this host offers"))
+    }
+
     /// The exit code for this ending.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {

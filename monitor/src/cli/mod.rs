@@ -12,6 +12,7 @@ use crate::config::{
     self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, LockstepConfig, ModuleFile, RunConfig,
     SerialTarget, ShuffleConfig, Trace,
 };
+use crate::em::engine::EngineKind;
 use crate::em::raw::Isolation;
 use crate::outcome::ExitCode;
 use crate::scan::ScanOptions;
@@ -124,6 +125,25 @@ enum EngineArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum ShuffleArg {
+    Raw,
+    Ring1,
+    Kvm,
+    Interp,
+}
+
+impl ShuffleArg {
+    fn kind(self) -> EngineKind {
+        match self {
+            ShuffleArg::Raw => EngineKind::Raw,
+            ShuffleArg::Ring1 => EngineKind::Ring1,
+            ShuffleArg::Kvm => EngineKind::Kvm,
+            ShuffleArg::Interp => EngineKind::Interp,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum LockstepArg {
     /// The interpreter
     Interp,
@@ -183,6 +203,9 @@ struct RunArgs {
     /// Repeat the order of engines of the run that printed this number
     #[arg(long, value_name = "SEED", requires = "engine_shuffle")]
     shuffle_seed: Option<u64>,
+    /// Go to these engines and the interpreter only [default: all that there are]
+    #[arg(long, value_enum, value_name = "ENGINES", requires = "engine_shuffle", value_delimiter = ',')]
+    shuffle_engines: Vec<ShuffleArg>,
     /// Do everything again on a second engine behind the first, and stop at the first difference
     #[arg(long, value_enum, value_name = "ENGINE", conflicts_with = "engine_shuffle")]
     lockstep: Option<LockstepArg>,
@@ -334,8 +357,11 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
         }
         None => (kernel == Kernel::Builtin).then_some(ISA_DEBUG_EXIT_PORT),
     };
-    let shuffle =
-        args.engine_shuffle.map(|interval_ms| ShuffleConfig { interval_ms, seed: args.shuffle_seed });
+    let shuffle = args.engine_shuffle.map(|interval_ms| ShuffleConfig {
+        interval_ms,
+        seed: args.shuffle_seed,
+        engines: args.shuffle_engines.into_iter().map(ShuffleArg::kind).collect(),
+    });
     if shuffle.is_some() && !matches!(args.engine, EngineArg::Auto) {
         return Err("--engine-shuffle uses every engine there is; leave out --engine".into());
     }
@@ -480,8 +506,11 @@ mod tests {
     fn a_shuffle_has_an_interval_and_perhaps_a_seed() {
         assert_eq!(run("run").shuffle, None);
         let shuffle = run("run k --engine-shuffle 50 --shuffle-seed 18446744073709551615").shuffle;
-        assert_eq!(shuffle, Some(ShuffleConfig { interval_ms: 50, seed: Some(u64::MAX) }));
-        assert_eq!(run("run k --engine-shuffle=9").shuffle.map(|s| s.interval_ms), Some(9));
+        let seed = Some(u64::MAX);
+        assert_eq!(shuffle, Some(ShuffleConfig { interval_ms: 50, seed, engines: vec![] }));
+        let shuffle = run("run k --engine-shuffle=9 --shuffle-engines=raw,ring1").shuffle;
+        let engines = vec![EngineKind::Raw, EngineKind::Ring1];
+        assert_eq!(shuffle, Some(ShuffleConfig { interval_ms: 9, seed: None, engines }));
     }
 
     #[test]
