@@ -52,5 +52,6 @@ fn inputs_that_were_kept_find_nothing() {
 fn one_input() {
     let Ok(text) = std::env::var("SUBRING_INPUT") else { return };
     let (target, file) = text.split_once(':').expect("TARGET:FILE");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
     run(target, &std::fs::read(file).unwrap()).unwrap();
 }

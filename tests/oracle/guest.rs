@@ -25,6 +25,14 @@ pub const BRANCH: u32 = 0x3_0000;
 pub const BRANCH_TARGET: u32 = 0x3_1000;
 /// Compared, in bytes from 0: everything but the page tables, whose A and D bits raw mode may set early, and [`BRANCH`].
 pub const COMPARED: std::ops::Range<usize> = 0x3000..0x2_8000;
+/// Whether one of the bytes from linear address `at` on is the page tables', which are mapped at every base.
+#[must_use]
+pub fn in_page_tables(at: u32, len: u32) -> bool {
+    // Bases are multiples of 4 MiB.
+    let physical = at & 0x3f_ffff;
+    physical < PAGE_TABLE + 0x1000 && physical + len > PAGE_DIRECTORY
+}
+
 /// Linear minus physical addresses.
 pub const BASES: [u32; 5] = [0xc100_0000, 0xc000_0000, 0xf800_0000, 0x0040_0000, 0x0840_0000];
 

@@ -19,7 +19,7 @@ pub mod stepping;
 
 use guest::{BRANCH, BRANCH_TARGET, COMPARED};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
-use monitor::cpum::{CpuState, Segment, eflags, gpr};
+use monitor::cpum::{CpuState, Segment, cr0, eflags, gpr};
 use monitor::em::engine::Engine;
 use monitor::em::raw::{After, RawEngine};
 use monitor::interp::{self, Step};
@@ -171,6 +171,8 @@ pub enum Useless {
     Excluded(u32),
     /// It left ring 0.
     Ring,
+    /// It ran into its own page tables: instructions whose bytes are accessed bits, which worlds may set early.
+    PageTables,
     /// It took too long.
     Budget,
 }
@@ -350,6 +352,9 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
         let behind_sti = since_sti < 2;
         let instruction = interp::fetch_decode(&cpu, m).ok();
         if let Some(i) = &instruction {
+            if cpu.cr0 & cr0::PG != 0 && guest::in_page_tables(cpu.eip, i.len() as u32) {
+                return Err(Useless::PageTables);
+            }
             if excluded(&cpu, i) {
                 return Err(Useless::Excluded(cpu.eip));
             }
