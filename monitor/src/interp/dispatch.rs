@@ -179,6 +179,8 @@ impl Exec<'_> {
             | M::Prefetcht0
             | M::Prefetcht1
             | M::Prefetcht2
+            | M::Prefetchit0
+            | M::Prefetchit1
             | M::Cldemote
             | M::Rdsspd => Ok(Flow::Next),
             M::Lfence | M::Mfence | M::Sfence => Ok(Flow::Next),
