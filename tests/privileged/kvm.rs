@@ -3,14 +3,11 @@
 use super::case::{Case, End, Outcome, Port};
 use super::interpreter::landed;
 use super::setup::RAM;
-use host_driver_shim::kvm::{
-    KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, KvmError, KvmExit,
-    KvmState, KvmVm, kvm_debugregs, kvm_dtable, kvm_segment,
-};
+use host_driver_shim::kvm::{KvmError, KvmExit, KvmState, KvmVm, kvm_debugregs};
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::world::Kicker;
 use monitor::cpuid_msr::CpuPolicy;
-use monitor::cpum::{CpuState, SegAttr, Segment, Shadow, TableRegister};
+use monitor::em::kvm::convert::{into_cpu, into_kvm};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -52,77 +49,6 @@ fn watch(vm: &KvmVm) -> Arc<AtomicU64> {
     begun
 }
 
-fn segment(s: &Segment) -> kvm_segment {
-    let attr = s.attr.bits();
-    let bit = |n: u16| (attr >> n & 1) as u8;
-    kvm_segment {
-        base: s.base.into(),
-        limit: s.limit,
-        selector: s.selector,
-        type_: s.attr.type_bits(),
-        present: bit(7),
-        dpl: s.attr.dpl(),
-        db: bit(10),
-        s: bit(4),
-        l: 0,
-        g: u8::from(s.limit > 0xf_ffff),
-        avl: bit(8),
-        unusable: bit(7) ^ 1,
-        padding: 0,
-    }
-}
-
-fn from_segment(s: &kvm_segment) -> Segment {
-    let bits = [s.s, s.dpl & 1, s.dpl >> 1, s.present, s.avl, s.l, s.db, s.g];
-    let attr = (4..).zip(bits).fold(u16::from(s.type_ & 15), |a, (n, bit)| a | u16::from(bit & 1) << n);
-    let attr = if s.unusable != 0 { SegAttr::empty() } else { SegAttr::from_bits_truncate(attr) };
-    Segment { selector: s.selector, base: s.base as u32, limit: s.limit, attr }
-}
-
-fn into_kvm(cpu: &CpuState, fresh: &KvmState) -> KvmState {
-    let mut new = *fresh;
-    let r = &mut new.regs;
-    let g = cpu.gpr.map(u64::from);
-    (r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi) =
-        (g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]);
-    (r.rip, r.rflags) = (cpu.eip.into(), cpu.eflags.into());
-    let s = &mut new.sregs;
-    [s.es, s.cs, s.ss, s.ds, s.fs, s.gs] = cpu.seg.map(|s| segment(&s));
-    // KVM takes the CPL from here.
-    s.ss.dpl = cpu.cpl;
-    (s.ldt, s.tr) = (segment(&cpu.ldtr), segment(&cpu.tr));
-    let table = |t: TableRegister| kvm_dtable { base: t.base.into(), limit: t.limit, padding: [0; 3] };
-    (s.gdt, s.idt) = (table(cpu.gdtr), table(cpu.idtr));
-    (s.cr0, s.cr2, s.cr3, s.cr4) = (cpu.cr0.into(), cpu.cr2.into(), cpu.cr3.into(), cpu.cr4.into());
-    s.efer = cpu.msr.efer;
-    s.apic_base = 0;
-    s.interrupt_bitmap = [0; 4];
-    let e = &mut new.events;
-    *e = Default::default();
-    e.interrupt.shadow = match cpu.shadow {
-        Shadow::None => 0,
-        Shadow::Sti => KVM_X86_SHADOW_INT_STI as u8,
-        Shadow::MovSs => KVM_X86_SHADOW_INT_MOV_SS as u8,
-    };
-    e.flags = KVM_VCPUEVENT_VALID_SHADOW;
-    new
-}
-
-fn from_kvm(state: &KvmState, before: &CpuState) -> CpuState {
-    let KvmState { regs: r, sregs: s, events } = state;
-    let mut cpu = before.clone();
-    cpu.gpr = [r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi].map(|r| r as u32);
-    (cpu.eip, cpu.eflags) = (r.rip as u32, r.rflags as u32);
-    cpu.seg = [s.es, s.cs, s.ss, s.ds, s.fs, s.gs].map(|s| from_segment(&s));
-    (cpu.ldtr, cpu.tr) = (from_segment(&s.ldt), from_segment(&s.tr));
-    let table = |t: &kvm_dtable| TableRegister { base: t.base as u32, limit: t.limit };
-    (cpu.gdtr, cpu.idtr) = (table(&s.gdt), table(&s.idt));
-    (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4) = (s.cr0 as u32, s.cr2 as u32, s.cr3 as u32, s.cr4 as u32);
-    cpu.cpl = if cpu.protected() { s.ss.dpl & 3 } else { 0 };
-    cpu.shadow = if events.interrupt.shadow == 0 { Shadow::None } else { Shadow::MovSs };
-    cpu
-}
-
 impl Kvm {
     /// Makes the machine.
     pub(crate) fn new() -> Result<Kvm, KvmError> {
@@ -154,7 +80,7 @@ impl Kvm {
             })?;
             self.debug = case.cpu.dr;
         }
-        let new = into_kvm(&case.cpu, &self.fresh);
+        let new = into_kvm(&case.cpu, None, &self.fresh);
         if tables {
             self.vm.set_state_and_flush(&new)?;
         } else {
@@ -166,7 +92,8 @@ impl Kvm {
         let mut ports = Vec::new();
         let end = self.follow(case, &mut ports)?;
         self.held = self.vm.state()?;
-        let mut cpu = from_kvm(&self.held, &case.cpu);
+        let mut cpu = case.cpu.clone();
+        into_cpu(&self.held, &mut cpu);
         if end == End::Landed && !landed(&cpu) {
             return Err(KvmError { what: "a run", why: std::io::Error::other("it landed nowhere") });
         }

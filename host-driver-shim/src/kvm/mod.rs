@@ -88,7 +88,7 @@ pub struct KvmState {
 pub struct KvmVm {
     // In this order: the kernel must have let go of guest RAM before its mapping goes.
     vcpu: VcpuFd,
-    _vm: VmFd,
+    vm: VmFd,
     page: RunPage,
     kick: Arc<Shared>,
     /// Registers go through the shared page.
@@ -100,7 +100,10 @@ pub struct KvmVm {
     tss_never_busy: bool,
     /// Where the TSS is that was set last.
     task: u64,
-    _ram: GuestRam,
+    /// Without nested paging KVM keeps tables of its own, made from the guest's, and follows what the guest's CPU writes to
+    /// those; what anybody else writes it does not see.
+    shadows_tables: bool,
+    ram: GuestRam,
 }
 
 impl KvmVm {
@@ -116,16 +119,7 @@ impl KvmVm {
         let vm = named("KVM_CREATE_VM", kvm.create_vm())?;
         named("KVM_SET_IDENTITY_MAP_ADDR", vm.set_identity_map_address(IDENTITY_MAP))?;
         named("KVM_SET_TSS_ADDR", vm.set_tss_address(TSS))?;
-        let slot = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: ram.size(),
-            userspace_addr: ram.shared().address(),
-        };
-        // SAFETY: the range is the whole mapping of guest RAM, which nothing in this process holds references into, and
-        // which stays until after the machine is gone (`_ram`).
-        named("KVM_SET_USER_MEMORY_REGION", unsafe { vm.set_user_memory_region(slot) })?;
+        set_ram(&vm, ram, ram.size())?;
         let msrs_leave = msrs_leave(&vm)?;
         if vm.check_extension_raw(KVM_CAP_EXIT_ON_EMULATION_FAILURE.into()) > 0 {
             // Else KVM would raise #UD in guest ring 3 where its emulator does not know an instruction.
@@ -142,14 +136,15 @@ impl KvmVm {
         let kick = Shared::new(page.immediate_exit())?;
         Ok(KvmVm {
             vcpu,
-            _vm: vm,
+            vm,
             page,
             kick,
             sync,
             msrs_leave,
             tss_never_busy: emulated_by_tcg(),
             task: 0,
-            _ram: ram.clone(),
+            shadows_tables: !nested_paging(),
+            ram: ram.clone(),
         })
     }
 
@@ -264,9 +259,20 @@ impl KvmVm {
         Ok(())
     }
 
+    /// KVM does not notice what others than the guest's CPU write to page tables: after that a flush is due.
+    #[must_use]
+    pub fn shadows_tables(&self) -> bool {
+        self.shadows_tables
+    }
+
     /// Sets all registers at once; the guest's TLB is flushed (another CR0.WP in between makes KVM start over).
     pub fn set_state_and_flush(&mut self, new: &KvmState) -> Result<(), KvmError> {
         const WP: u64 = 1 << 16;
+        if self.shadows_tables {
+            // KVM would keep its tables, and use them again.
+            set_ram(&self.vm, &self.ram, 0)?;
+            set_ram(&self.vm, &self.ram, self.ram.size())?;
+        }
         let mut new = *new;
         if self.tss_never_busy {
             new.sregs.tr.type_ &= !TSS_BUSY;
@@ -377,6 +383,28 @@ fn msrs_leave(vm: &VmFd) -> Result<bool, KvmError> {
     };
     named("KVM_X86_SET_MSR_FILTER", vm.set_msr_filter(MsrFilterDefaultAction::DENY, &[range]))?;
     Ok(true)
+}
+
+/// Makes the first `size` bytes of guest RAM the machine's memory from address 0.
+fn set_ram(vm: &VmFd, ram: &GuestRam, size: u64) -> Result<(), KvmError> {
+    assert!(size <= ram.size());
+    let slot = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: size,
+        userspace_addr: ram.shared().address(),
+    };
+    // SAFETY: the range lies in the mapping of guest RAM, which nothing in this process holds references into, and
+    // which stays until after the machine is gone (`KvmVm::ram`).
+    named("KVM_SET_USER_MEMORY_REGION", unsafe { vm.set_user_memory_region(slot) })
+}
+
+/// KVM has the hardware walk the guest's page tables (EPT, NPT). Modules that are not there (built into the kernel, or
+/// another hypervisor behind the node) have nothing to say.
+pub(crate) fn nested_paging() -> bool {
+    let off = |path: &str| std::fs::read_to_string(path).is_ok_and(|text| matches!(text.trim(), "N" | "0"));
+    !off("/sys/module/kvm_amd/parameters/npt") && !off("/sys/module/kvm_intel/parameters/ept")
 }
 
 /// The CPU this process runs on is QEMU's TCG, by its hypervisor leaf (QEMU, target/i386/cpu.c).

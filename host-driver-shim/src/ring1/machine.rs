@@ -23,6 +23,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use super::monitor::{self, Descriptor, FRAME, FRAME_WORDS, Frame};
 use super::reflect::Reflect;
 use super::tables::Pool;
+use crate::kvm::nested_paging;
 use crate::kvm::{interrupt, signal};
 use crate::shared::SharedMap;
 use crate::world::WorldError;
@@ -103,6 +104,7 @@ impl Machine {
         code: &Arc<SharedMap>,
     ) -> Result<Machine, WorldError> {
         let kvm = Kvm::new().map_err(failed("opening /dev/kvm"))?;
+        // Else it would keep tables of its own, and not see what we write to ours.
         if !nested_paging() {
             return Err(lacks("/dev/kvm", "the kvm module runs without nested paging (EPT or NPT)"));
         }
@@ -438,13 +440,6 @@ impl Frame {
             ss,
         }
     }
-}
-
-/// KVM does not shadow the page tables we write behind its back: it uses them as they are. Modules that are not there
-/// (built into the kernel, or another hypervisor behind the node) have nothing to say.
-fn nested_paging() -> bool {
-    let off = |path: &str| std::fs::read_to_string(path).is_ok_and(|text| matches!(text.trim(), "N" | "0"));
-    !off("/sys/module/kvm_amd/parameters/npt") && !off("/sys/module/kvm_intel/parameters/ept")
 }
 
 /// Whether the carrier is SVM.

@@ -110,7 +110,8 @@ fn same_system(a: &CpuState, b: &CpuState) -> bool {
 }
 
 /// CPUM's state for the vCPU, which holds `held`; CPUM saw that as `seen`, if at all.
-pub(super) fn into_kvm(cpu: &CpuState, seen: Option<&CpuState>, held: &KvmState) -> KvmState {
+#[must_use]
+pub fn into_kvm(cpu: &CpuState, seen: Option<&CpuState>, held: &KvmState) -> KvmState {
     let mut new = *held;
     if seen.is_none_or(|seen| !same_general(cpu, seen)) {
         general(cpu, &mut new.regs);
@@ -128,7 +129,7 @@ pub(super) fn into_kvm(cpu: &CpuState, seen: Option<&CpuState>, held: &KvmState)
 }
 
 /// The vCPU's state for CPUM: all but FPU, debug registers and MSRs.
-pub(super) fn into_cpu(state: &KvmState, cpu: &mut CpuState) {
+pub fn into_cpu(state: &KvmState, cpu: &mut CpuState) {
     let KvmState { regs, sregs, events } = state;
     let g = [regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi];
     cpu.gpr = g.map(|r| r as u32);

@@ -10,7 +10,7 @@
 //! engines; where the kernel cannot pass MSR accesses on (before 5.10), KVM answers them by itself. Differences that stay:
 //! CPUID 8000_0008h shows linear addresses of 48 bits, not 32, because KVM refuses the latter; `vmcall` is KVM's (no #UD); SYSENTER, which the policy hides, is #GP and not #UD.
 
-mod convert;
+pub mod convert;
 
 use super::engine::{Engine, EngineError, EngineKind};
 use super::raw::{After, ExitRecord, KickTarget, RawRefusal};
@@ -94,7 +94,9 @@ impl KvmEngine {
             self.tsc_offset = Some(cpu.msr.tsc_offset);
         }
         let new = into_kvm(cpu, self.seen.as_ref(), &self.held);
-        if self.flush {
+        // What the interpreter has done may have been to page tables.
+        let interpreted = self.held.regs != new.regs;
+        if self.flush || interpreted && self.vm.shadows_tables() {
             self.vm.set_state_and_flush(&new)?;
             self.flush = false;
             self.flushes += 1;
