@@ -13,7 +13,8 @@ use crate::world::{CpuidRow, FillMode, FillRules};
 pub(crate) const ROWS: usize = 64;
 /// `0f a2`, little-endian.
 const CPUID: u32 = 0xa20f;
-const TF: u32 = 0x100;
+/// EFLAGS.TF.
+pub(crate) const TF: u32 = 0x100;
 /// The host's flat 32-bit code selector.
 const HOST_CODE32: u16 = 0x23;
 
@@ -47,24 +48,27 @@ pub(crate) unsafe fn answer(
     };
     let alone = !rules.mode.contains(FillMode::SUPERVISOR) && cs == HOST_CODE32;
     let joint = rules.user_cs != 0 && rules.user_cs == u32::from(cs);
-    if n == 0 || eflags & TF != 0 || !alone && !joint || !rules.mode.contains(FillMode::ENABLED) {
+    if n == 0 || !alone && !joint {
         return None;
     }
     let rows = (0..n.min(ROWS)).map(|i| {
         // SAFETY: i < ROWS; as above.
         unsafe { (&raw const (*a).cpuid.row).cast::<CpuidRow>().add(i).read_volatile() }
     });
-    answer_by(&Ram { pages }, &rules, rows, eip, (leaf, subleaf))
+    answer_by(&Ram { pages }, &rules, rows, (eip, eflags), (leaf, subleaf))
 }
 
-/// The same from any table, for an `eip` of flat ring 3.
+/// The same from any table, for ring 3 in a flat code segment.
 pub(crate) fn answer_by<T: Tables>(
     tables: &T,
     rules: &FillRules,
-    rows: impl Iterator<Item = CpuidRow>,
-    eip: u32,
+    mut rows: impl Iterator<Item = CpuidRow>,
+    (eip, eflags): (u32, u32),
     (leaf, subleaf): (u32, u32),
 ) -> Option<[u32; 4]> {
+    if eflags & TF != 0 || !rules.mode.contains(FillMode::ENABLED) {
+        return None;
+    }
     // The original bytes: what is executed may be a copy.
     let byte = |at: u32| -> Option<u32> {
         let page = walk(tables, rules, at, false, true)?;
@@ -74,7 +78,6 @@ pub(crate) fn answer_by<T: Tables>(
     if byte(eip)? | byte(eip.wrapping_add(1))? << 8 != CPUID {
         return None;
     }
-    let mut rows = rows;
     let row = rows.find(|r| r.leaf == leaf && (r.any_subleaf != 0 || r.subleaf == subleaf));
     Some(row.map_or([0; 4], |r| r.registers))
 }

@@ -285,8 +285,25 @@ struct RawSide {
 }
 
 impl RawSide {
+    /// With the rules the guest's tables are walked by, and the registers in the arena.
+    ///
+    /// # Safety
+    /// In a world, `a` is its mapped arena, and the world has the turn.
+    unsafe fn begin(a: *mut Arena) -> (RawSide, FillRules, HwRegs) {
+        // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
+        unsafe {
+            let ram = Ram { pages: (*a).fill.ram_pages.load(Relaxed) };
+            let rules = (&raw const (*a).fill.rules).read_volatile();
+            (RawSide { a, ram }, rules, (&raw const (*a).regs).read_volatile())
+        }
+    }
+    /// The world goes on with these registers.
+    fn go_on(&self, regs: HwRegs) {
+        // SAFETY: by the contract of `begin`: while the world has the turn only we touch its registers.
+        unsafe { (&raw mut (*self.a).regs).write_volatile(regs) };
+    }
     fn word(&self, offset: u32) -> &AtomicU32 {
-        // SAFETY: who makes a RawSide is in a world with this arena.
+        // SAFETY: by the contract of `begin`.
         unsafe { vcpu_word(self.a, offset) }
     }
 }
@@ -324,19 +341,11 @@ impl Side for RawSide {
 /// # Safety
 /// As [`deliver`]; with `behind`, the registers are those the gate saved.
 pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, behind: Option<u32>) -> bool {
-    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
-    let (fill, pages, regs) = unsafe {
-        (
-            (&raw const (*a).fill.rules).read_volatile(),
-            (*a).fill.ram_pages.load(Relaxed),
-            (&raw const (*a).regs).read_volatile(),
-        )
-    };
-    let side = RawSide { a, ram: Ram { pages } };
+    // SAFETY: by contract.
+    let (side, fill, regs) = unsafe { RawSide::begin(a) };
     let d = Delivery { rules, guest: Guest { side: &side, rules: &fill }, regs };
     let Some(regs) = d.interrupt(behind) else { return false };
-    // SAFETY: by contract: while the world has the turn only we touch its registers.
-    unsafe { (&raw mut (*a).regs).write_volatile(regs) };
+    side.go_on(regs);
     true
 }
 
@@ -346,16 +355,9 @@ pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, behind: Opt
 /// # Safety
 /// In a world, `a` is its mapped arena with the registers of the interrupted guest code, and the world has the turn.
 pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bool) -> bool {
-    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
-    let (rules, fill, pages, regs) = unsafe {
-        (
-            (&raw const (*a).delivery).read_volatile(),
-            (&raw const (*a).fill.rules).read_volatile(),
-            (*a).fill.ram_pages.load(Relaxed),
-            (&raw const (*a).regs).read_volatile(),
-        )
-    };
-    let side = RawSide { a, ram: Ram { pages } };
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and the other is an atomic.
+    let ((side, fill, regs), rules, delivered) =
+        unsafe { (RawSide::begin(a), (&raw const (*a).delivery).read_volatile(), &(*a).fill.delivered) };
     let d = Delivery { rules: &rules, guest: Guest { side: &side, rules: &fill }, regs };
     let from_ring3 = d.is_from_ring3();
     let Some(regs) = d.page_fault(&PageFault { error_code, lin, fetch }) else { return false };
@@ -363,11 +365,7 @@ pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bo
         let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
         side.set(REFILL, lin & !0xfff | write | 1);
     }
-    // SAFETY: by contract: while the world has the turn only we touch its registers; and an atomic.
-    let delivered = unsafe {
-        (&raw mut (*a).regs).write_volatile(regs);
-        &(*a).fill.delivered
-    };
+    side.go_on(regs);
     delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
     true
 }

@@ -27,8 +27,6 @@ const MAX_RUN: u32 = 512;
 /// Page-fault error code bits.
 const PF_WRITE: u32 = 2;
 const PF_FETCH: u32 = 16;
-/// EFLAGS.TF.
-const TF: u32 = 0x100;
 /// No fault was answered yet.
 const NO_FAULT: u32 = u32::MAX;
 
@@ -146,16 +144,12 @@ impl Filler {
 
     /// Does the `cpuid` of ring 3 at which #GP was raised, if it is one.
     pub(super) fn cpuid(&self, ram: &GuestRam, regs: &mut HwRegs) -> bool {
-        if self.cpuid.is_empty()
-            || regs.sel[1] != monitor::USER_CS
-            || regs.eflags & TF != 0
-            || !self.rules.mode.contains(FillMode::ENABLED)
-        {
+        if self.cpuid.is_empty() || regs.sel[1] != monitor::USER_CS {
             return false;
         }
         let rows = self.cpuid.iter().copied();
         let [eax, ecx, ..] = regs.gpr;
-        let answer = rc_cpuid::answer_by(&Ram(ram), &self.rules, rows, regs.eip, (eax, ecx));
+        let answer = rc_cpuid::answer_by(&Ram(ram), &self.rules, rows, (regs.eip, regs.eflags), (eax, ecx));
         let Some([eax, ebx, ecx, edx]) = answer else { return false };
         regs.gpr[..4].copy_from_slice(&[eax, ecx, edx, ebx]);
         regs.eip = regs.eip.wrapping_add(2);
@@ -405,7 +399,7 @@ mod tests {
         assert!(!f.cpuid(&ram, &mut r), "another instruction");
         let mut ring1 = HwRegs { sel: [0; 6], ..regs(0x2_3000) };
         assert!(!f.cpuid(&ram, &mut ring1));
-        let mut stepped = HwRegs { eflags: TF, ..regs(0x2_3000) };
+        let mut stepped = HwRegs { eflags: rc_cpuid::TF, ..regs(0x2_3000) };
         assert!(!f.cpuid(&ram, &mut stepped));
         assert!(!f.cpuid(&ram, &mut regs(0x40_0000)), "no such page");
     }
