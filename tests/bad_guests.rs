@@ -5,11 +5,14 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use monitor::em::raw::layout::{Layout, TRAMP_LEN};
 use std::time::Duration;
+use subring_tests::exhaustive::guests;
 use subring_tests::hostile::*;
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// For guests that never end by themselves.
 const A_WHILE: Duration = Duration::from_millis(700);
+/// Beyond the first 512. Each is nine exits: all of them take a minute on raw.
+const EVERY_NTH_SELECTOR: u32 = 17;
 const ENGINES: [&str; 2] = ["raw", "interp"];
 
 fn kernel(f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Image {
@@ -581,5 +584,14 @@ fn system_call_instructions_mean_what_they_mean_to_the_guest() {
         } else {
             both(&user(body), |end| end.expect_said(expected));
         }
+    }
+}
+
+#[test]
+fn what_tries_everything_is_told_the_same_by_both_engines() {
+    for guest in guests(EVERY_NTH_SELECTOR) {
+        println!("-- {}", guest.name);
+        let [raw, interp] = ENGINES.map(|engine| guest.image.run(engine, Duration::from_secs(60)));
+        guest.compare(("raw", &raw), ("interp", &interp));
     }
 }

@@ -22,7 +22,8 @@ const GDT: u32 = 0x10_2000;
 const IDT: u32 = 0x10_3000;
 const TSS: u32 = 0x10_4000;
 const STUBS: u32 = 0x10_5000;
-const KERNEL_STACK: u32 = 0x10_f000;
+/// Where ring 0's stack begins.
+pub const KERNEL_STACK: u32 = 0x10_f000;
 /// Top of the ring-3 stack.
 pub const USER_STACK: u32 = 0x12_f000;
 
@@ -197,8 +198,8 @@ impl Image {
         let file = std::env::temp_dir().join(format!("subring-hostile-{}-{number}", std::process::id()));
         std::fs::write(&file, &self.bytes).expect("the temporary directory can be written");
         let mut command = Command::new(subring_binary());
-        command.args(["run", "--raw"]).arg(&file);
-        command.args(["--load-addr", "0x100000", "--isa-debug-exit", "--engine", engine]).args(options);
+        command.args(BEFORE_IMAGE).arg(&file).args(AFTER_IMAGE);
+        command.args(["--engine", engine]).args(options);
         let end = run_command(command, limit);
         let _ = std::fs::remove_file(&file);
         end
@@ -307,6 +308,11 @@ impl End {
         assert!(self.stopped && self.code == 130, "{self:?}");
     }
 }
+
+/// What `subring run` wants before an image's file and after it.
+pub const BEFORE_IMAGE: [&str; 2] = ["run", "--raw"];
+/// See [`BEFORE_IMAGE`].
+pub const AFTER_IMAGE: [&str; 3] = ["--load-addr", "0x100000", "--isa-debug-exit"];
 
 /// Runs a command that is, or becomes, subring.
 ///

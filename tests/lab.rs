@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use subring_tests::cache::{self, SkipReason};
+use subring_tests::exhaustive::{Exhaustive, guests};
 use subring_tests::harness::{one_guest_at_a_time, subring_binary};
+use subring_tests::hostile::{AFTER_IMAGE, BEFORE_IMAGE, End};
 use subring_tests::or_skip;
 
 /// The exit code with which the lab says that it cannot be had here.
@@ -35,16 +37,24 @@ fn short_runs() -> Result<String, SkipReason> {
     RUN.get_or_init(|| {
         // The same switch as for real guests.
         cache::busybox()?;
+        // Stopped and continued, it leaves KVM_RUN each time.
+        let storm = "storm() { \
+                     subring run --engine $1 > out 2>&1 & local p=$! n=0; \
+                     while kill -STOP $p 2>/dev/null; do \
+                     kill -CONT $p; kill -39 $p; usleep 2000; n=$((n+1)); done; \
+                     wait $p; local code=$?; cat out; echo \"signals $n\"; return $code; }; ";
         let job = "echo START doctor; subring doctor; echo END doctor $?; \
                    echo START kvm; subring run --engine kvm; echo END kvm $?; \
                    echo START ring1; subring run --engine ring1; echo END ring1 $?; \
                    echo START auto; subring run --engine auto --stats; echo END auto $?; \
                    echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?; \
+                   echo START storm_ring1; storm ring1; echo END storm_ring1 $?; \
+                   echo START storm_kvm; storm kvm; echo END storm_kvm $?; \
                    echo START no_ldt; ./without-modify-ldt subring run; echo END no_ldt $?; \
                    echo START oracle; ./privileged-oracle; echo END oracle $?";
         let oracle = env!("CARGO_BIN_EXE_privileged-oracle");
         let no_ldt = env!("CARGO_BIN_EXE_without-modify-ldt");
-        let output = lab(&["--add", oracle, "--add", no_ldt, "--command", job])?;
+        let output = lab(&["--add", oracle, "--add", no_ldt, "--command", &format!("{storm}{job}")])?;
         Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "")
             + &String::from_utf8_lossy(&output.stderr))
     })
@@ -53,13 +63,16 @@ fn short_runs() -> Result<String, SkipReason> {
 
 /// What one of them printed, and its exit code.
 fn part(name: &str) -> Result<(String, i32), SkipReason> {
-    let all = short_runs()?;
+    Ok(part_of(&short_runs()?, name))
+}
+
+fn part_of(all: &str, name: &str) -> (String, i32) {
     let begin = format!("START {name}\n");
     let end = format!("END {name} ");
     let text = all.split_once(&begin).map(|(_, text)| text).unwrap_or_else(|| panic!("no {name} in: {all}"));
     let (text, rest) = text.split_once(&end).unwrap_or_else(|| panic!("{name} did not end: {all}"));
     let code = rest.lines().next().and_then(|code| code.trim().parse().ok());
-    Ok((text.to_owned(), code.unwrap_or_else(|| panic!("no exit code of {name} in: {all}"))))
+    (text.to_owned(), code.unwrap_or_else(|| panic!("no exit code of {name} in: {all}")))
 }
 
 #[test]
@@ -96,6 +109,14 @@ fn the_built_in_guest_passes_on_ring1() {
 }
 
 #[test]
+fn a_storm_of_signals_changes_nothing() {
+    for name in ["storm_ring1", "storm_kvm"] {
+        let text = or_skip!("lab", passes(name));
+        assert!(gauge(&text, "signals") > 20, "{text}");
+    }
+}
+
+#[test]
 fn kvm_runs_what_raw_refuses_for_long() {
     let text = or_skip!("lab", passes("auto"));
     assert_ne!(gauge(&text, "kvm_ran_in_v86_mode"), 0, "{text}");
@@ -121,6 +142,49 @@ fn the_interpreter_does_what_kvm_does_at_every_privilege() {
     println!("{text}");
     assert_eq!(code, 0, "{text}");
     assert!(text.trim_end().ends_with("PASS"), "it ran: {text}");
+}
+
+/// Beyond the first 512: each is nine exits.
+const EVERY_NTH_SELECTOR: u32 = 501;
+
+/// Guests that try everything on these engines, and what each printed there.
+fn exhaustive_runs(guests: &[Exhaustive], engines: &[&str]) -> Result<String, SkipReason> {
+    cache::busybox()?;
+    let directory = std::env::temp_dir().join(format!("subring-exhaustive-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("the temporary directory can be written");
+    let (mut job, mut arguments) = (String::new(), Vec::new());
+    for guest in guests {
+        let file = directory.join(guest.name);
+        std::fs::write(&file, guest.image.bytes()).expect("the temporary directory can be written");
+        arguments.extend(["--add".to_owned(), file.display().to_string()]);
+        for engine in engines {
+            let name = format!("{engine}-{}", guest.name);
+            let words = [&BEFORE_IMAGE[..], &[guest.name], &AFTER_IMAGE, &["--engine", engine]].concat();
+            job += &format!("echo START {name}; subring {}; echo END {name} $?; ", words.join(" "));
+        }
+    }
+    arguments.extend(["--command".to_owned(), job]);
+    let output = lab(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let _ = std::fs::remove_dir_all(&directory);
+    let output = output?;
+    Ok(String::from_utf8_lossy(&output.stdout).replace('\r', "") + &String::from_utf8_lossy(&output.stderr))
+}
+
+#[test]
+fn what_tries_everything_is_told_the_same_by_ring1_and_kvm() {
+    // The interpreter's CPU is the lab's, too: which instructions there are is a matter of the CPU.
+    const ENGINES: [&str; 3] = ["interp", "ring1", "kvm"];
+    let guests = guests(EVERY_NTH_SELECTOR);
+    let all = or_skip!("lab", exhaustive_runs(&guests, &ENGINES));
+    for guest in guests {
+        let [interp, others @ ..] = ENGINES.map(|engine| {
+            let (console, code) = part_of(&all, &format!("{engine}-{}", guest.name));
+            (engine, End { code, console, stopped: false })
+        });
+        for (engine, end) in &others {
+            guest.compare((engine, end), (interp.0, &interp.1));
+        }
+    }
 }
 
 /// Debian's kernels take minutes under TCG.

@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod chart;
 pub mod cpio;
+pub mod exhaustive;
 pub mod forms;
 pub mod fuzz;
 pub mod harness;
