@@ -25,6 +25,13 @@ pub const BRANCH: u32 = 0x3_0000;
 pub const BRANCH_TARGET: u32 = 0x3_1000;
 /// Compared, in bytes from 0: everything but the page tables, whose A and D bits raw mode may set early, and [`BRANCH`].
 pub const COMPARED: std::ops::Range<usize> = 0x3000..0x2_8000;
+/// The instruction at [`BRANCH`]: `jmp [target]` through SS, which raw mode has flat.
+#[must_use]
+pub fn spring(base: u32) -> [u8; 7] {
+    let [a, b, c, d] = (base + BRANCH_TARGET).to_le_bytes();
+    [0x36, 0xff, 0x25, a, b, c, d]
+}
+
 /// Whether one of the bytes from linear address `at` on is the page tables', which are mapped at every base.
 #[must_use]
 pub fn in_page_tables(at: u32, len: u32) -> bool {
@@ -103,9 +110,7 @@ impl Plain {
             put(IDT + vector * 8 + 4, &(handler & 0xffff_0000 | kind).to_le_bytes());
         }
         put(CODE + CODE_LEN - 16, &[0x1e, 0x9c, 0x58, 0xfb, 0xfa, 0x1f, 0xcf]);
-        // Through SS, which raw mode has flat: jmp [target]
-        put(BRANCH, &[0x36, 0xff, 0x25]);
-        put(BRANCH + 3, &(base + BRANCH_TARGET).to_le_bytes());
+        put(BRANCH, &spring(base));
         Plain { memory, places, base, paging: bases.is_some() }
     }
 

@@ -514,7 +514,10 @@ pub fn follow(
             let fresh = std::mem::replace(&mut branched, at) != at;
             if fresh && branching.is_none() && burst == 0 && choices.r.one_in(choices.branch) {
                 let _in_ram = m.ram.write_u32(u64::from(BRANCH_TARGET), cpu.eip);
-                if RawEngine::refusal(cpu).is_none() {
+                let mut there = [0; 7];
+                let _in_ram = m.ram.read(u64::from(BRANCH), &mut there);
+                // The guest may have written to it.
+                if RawEngine::refusal(cpu).is_none() && there == guest::spring(base) {
                     tally.branches += 1;
                     branching = Some(cpu.eip);
                     cpu.eip = spring;

@@ -94,6 +94,8 @@ impl Kvm {
         self.held = self.vm.state()?;
         let mut cpu = case.cpu.clone();
         into_cpu(&self.held, &mut cpu);
+        // What KVM has, also where EFLAGS.VM of the lab's CPU says otherwise (a task switch out of V86 mode).
+        cpu.cpl = if cpu.protected() { self.held.sregs.ss.dpl & 3 } else { 0 };
         if end == End::Landed && !landed(&cpu) {
             return Err(KvmError { what: "a run", why: std::io::Error::other("it landed nowhere") });
         }

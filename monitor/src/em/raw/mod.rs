@@ -90,6 +90,8 @@ pub enum RawRefusal {
     AlignmentCheck,
     /// EFLAGS.IF clear in ring 3, by a `cli` with IOPL 3: `popf` and `pushf` of ring 3 know only the host's IF.
     UserIfClear,
+    /// EFLAGS.VIF or EFLAGS.VIP set.
+    VirtualInterrupts,
     /// The interrupt shadow of `sti` or `mov ss` is in force.
     Shadow,
 }
@@ -111,6 +113,7 @@ impl RawRefusal {
             RawRefusal::TscTrap => "with_cr4_tsd",
             RawRefusal::AlignmentCheck => "with_alignment_checks",
             RawRefusal::UserIfClear => "in_ring_3_with_if_clear",
+            RawRefusal::VirtualInterrupts => "with_vif_or_vip",
             RawRefusal::Shadow => "in_interrupt_shadow",
         }
     }
@@ -477,6 +480,10 @@ impl RawEngine {
         }
         if cpu.shadow != Held::None {
             return Some(RawRefusal::Shadow);
+        }
+        // Trampolines have no place for these; ring 0 sets them by `iret` only (SDM Vol. 2A, IRET).
+        if cpu.eflags & (eflags::VIF | eflags::VIP) != 0 {
+            return Some(RawRefusal::VirtualInterrupts);
         }
         match cpu.cpl {
             0 => {
@@ -866,6 +873,8 @@ mod tests {
         assert_eq!(RawEngine::refusal(&cpu), Some(RawRefusal::AlignmentCheck));
         cpu.cpl = 0;
         assert_eq!(RawEngine::refusal(&cpu), None);
+        cpu.eflags |= eflags::VIF;
+        assert_eq!(RawEngine::refusal(&cpu), Some(RawRefusal::VirtualInterrupts));
     }
 
     #[test]
