@@ -241,6 +241,7 @@ fn iret(e: &mut Emitter, cx: &Context) -> (Route, bool) {
     e.save(EAX);
     e.save_flags();
     let slow = e.slow_path(reason_word(cx.site_id, ReasonKind::Emulate));
+    e.op(&[0x8b, 0x04, 0x24]); // mov eax, [esp]: EIP is what the CPU reads first, and CR2 of a fault says so
     e.op(&[0x0f, 0xb7, 0x44, 0x24, 0x04]); // movzx eax, word [esp + 4]: CS
     e.page_op(&[0x3b], EAX, page::USER_CS); // cmp eax, selector
     let user = e.label();
