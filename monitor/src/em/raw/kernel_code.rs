@@ -658,12 +658,14 @@ impl KernelCode {
         })
     }
 
-    /// `eip` lies in a known instruction, or one of filler that holds the slot of a short jump, and is the start of none:
-    /// what runs there was never scanned.
+    /// `eip` lies in a known instruction and is the start of none, or it lies in filler that holds the slot of a short
+    /// jump: what runs there was never scanned.
     #[must_use]
     pub fn is_unscanned_inside(&self, eip: GuestLin) -> bool {
         let slot = match self.patm.locate(eip.0) {
-            Location::PatchStart(id) => self.patm.get(id).is_some_and(|p| p.start != eip),
+            Location::PatchStart(id) | Location::MidWindow { id, .. } => {
+                self.patm.get(id).is_some_and(|p| eip.0.wrapping_sub(p.start.0) >= u32::from(p.len))
+            }
             _ => false,
         };
         slot || !self.map.is_instruction_start(eip) && self.map.proven(eip)
