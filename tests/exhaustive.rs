@@ -6,7 +6,6 @@
 //! guest must be the same, to the character.
 
 use crate::hostile::*;
-use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 /// What the attempts wrote down.
@@ -16,7 +15,7 @@ const MOST_RESULTS: u32 = 0x1_0000;
 const RESUME: u32 = 0x13_0000;
 const SLOT: u32 = RESUME + 4;
 const RETURN: u32 = RESUME + 8;
-/// What it is after reset.
+/// A word with what MXCSR is after reset.
 const MXCSR: u32 = RESUME + 12;
 /// What every exception and interrupt ends in, and what puts registers into order.
 const HANDLER: u32 = 0x10_8000;
@@ -24,8 +23,6 @@ const PRINT: u32 = 0x10_8800;
 const SETUP: u32 = 0x10_9000;
 /// An `int3`, for whatever jumps or returns. Its lowest byte is 0: what adds AL to where EAX points does not change it.
 const LANDING: u32 = 0x10_a000;
-/// Where an exception handler begins: 32 bytes a vector, as [`Image::kernel`] has its gates.
-const STUBS: u32 = 0x10_5000;
 /// Attempts, and the bytes of each.
 const ATTEMPTS: u32 = 0x80_0000;
 const STRIDE: u32 = 64;
@@ -34,7 +31,6 @@ const DONE: u8 = 0x40;
 const SERIAL: u32 = 0x3f8;
 
 /// A guest and what it is called.
-#[derive(Clone)]
 pub struct Exhaustive {
     /// For messages and files.
     pub name: &'static str,
@@ -68,6 +64,9 @@ impl Exhaustive {
             end.console.split("subring: ").next().unwrap_or_default().chars().collect::<Vec<_>>()
         });
         let [a, b] = &letters;
+        if self.name.starts_with("memory") {
+            assert_eq!(a[..], ['.'], "{}: {one} reads other than was written", self.name);
+        }
         assert_eq!(a.len(), b.len(), "{}: {one} and {other} printed differently much", self.name);
         let differ: Vec<_> = (0..a.len()).filter(|i| a[*i] != b[*i]).collect();
         let list: Vec<_> = differ
@@ -199,15 +198,6 @@ fn kernel(ring: u32, results: u32) -> Image {
     });
     image.put(RESULTS, &vec![b'.'; results as usize]);
     image
-}
-
-/// Loads DS, ES, FS and GS; EAX is lost.
-fn data_segments(a: &mut CodeAssembler, selector: u32) -> Result<(), IcedError> {
-    a.mov(eax, selector)?;
-    for segment in [ds, es, fs, gs] {
-        a.mov(segment, eax)?;
-    }
-    Ok(())
 }
 
 /// A guest that executes each of `all` with the same registers.

@@ -21,7 +21,8 @@ pub const FREE: u32 = 0x40_0000;
 const GDT: u32 = 0x10_2000;
 const IDT: u32 = 0x10_3000;
 const TSS: u32 = 0x10_4000;
-const STUBS: u32 = 0x10_5000;
+/// What the gates of [`Image::kernel`] lead to, 32 bytes a vector.
+pub const STUBS: u32 = 0x10_5000;
 /// Where ring 0's stack begins.
 pub const KERNEL_STACK: u32 = 0x10_f000;
 /// Top of the ring-3 stack.
@@ -227,13 +228,19 @@ pub fn paging_on(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(cr0, eax)
 }
 
-/// To ring 3 at [`USER`], interrupts off.
-pub fn enter_user(a: &mut CodeAssembler) -> Result<(), IcedError> {
+/// Loads DS, ES, FS and GS; EAX is lost.
+pub fn data_segments(a: &mut CodeAssembler, selector: u32) -> Result<(), IcedError> {
     use iced_x86::code_asm::*;
-    a.mov(eax, DATA3)?;
+    a.mov(eax, selector)?;
     for segment in [ds, es, fs, gs] {
         a.mov(segment, eax)?;
     }
+    Ok(())
+}
+
+/// To ring 3 at [`USER`], interrupts off.
+pub fn enter_user(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    data_segments(a, DATA3)?;
     a.push(DATA3)?;
     a.push(USER_STACK)?;
     a.push(2u32)?;
