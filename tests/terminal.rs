@@ -6,9 +6,10 @@ use nix::sys::termios::LocalFlags;
 use nix::unistd::Pid;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::Duration;
 use subring_tests::cache::{SkipReason, initrd, kernel_686};
-use subring_tests::harness::{Guest, one_guest_at_a_time};
+use subring_tests::harness::{Guest, one_guest_at_a_time, subring_binary};
 use subring_tests::or_skip;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -113,7 +114,10 @@ fn a_signal_restores_the_terminal_and_ends_with_130() {
 fn ctrl_c_on_a_pipe_ends_the_run_with_130() {
     let _turn = one_guest_at_a_time();
     let args = or_skip!("ctrl_c_on_a_pipe_ends_the_run_with_130", debian(&[]));
-    let mut guest = Guest::spawn(args);
+    // Tests that were started in the background ignore the signal, and a program that finds it ignored leaves it so.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT").arg(subring_binary()).args(args);
+    let mut guest = Guest::spawn_command(command);
     guest.expect(PROMPT, BOOT);
     // As a terminal does it: to the whole process group, the world processes included.
     let group = Pid::from_raw(guest.id() as i32);
