@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bitflags::bitflags;
 use csam::GuestPhys;
 
+use crate::cpuid_msr::CpuModel;
 use crate::em::engine::EngineKind;
 use crate::em::raw::Isolation;
 
@@ -173,6 +174,8 @@ pub struct RunConfig {
     pub modules: Vec<ModuleFile>,
     /// Guest RAM in bytes, a multiple of 4 KiB.
     pub memory: u64,
+    /// The CPU the guest sees.
+    pub cpu: CpuModel,
     /// Which engine.
     pub engine: EngineChoice,
     /// Change between all engines there are.
@@ -210,6 +213,7 @@ impl Default for RunConfig {
             append: String::new(),
             modules: Vec::new(),
             memory: DEFAULT_MEMORY,
+            cpu: CpuModel::default(),
             engine: EngineChoice::Auto,
             shuffle: None,
             lockstep: None,

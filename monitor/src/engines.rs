@@ -1,7 +1,6 @@
 //! Which engines a run gets: what the configuration asks for, as far as this host has it.
 
 use crate::config::{EngineChoice, RunConfig, ShuffleConfig};
-use crate::cpuid_msr::CpuPolicy;
 use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
 use crate::em::kvm::KvmEngine;
 use crate::em::raw::{RawEngine, Worlds};
@@ -12,18 +11,24 @@ use host_driver_shim::kvm::{self, KvmWorth};
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
-use host_driver_shim::world::WorldError;
+use host_driver_shim::world::{CpuidRow, WorldError};
 
 /// Code memory for code-view copies and trampolines: 64 Ki pages, of which only touched ones cost memory.
 const CODE_MEMORY: u64 = 256 << 20;
 
-/// The engines a run may use, the best first. `cpu` is the host CPU that worlds run on.
+/// The engines a run may use, the best first. `cpu` is the host CPU that worlds run on, `cpuid` what the guest sees where the
+/// hardware answers it.
 ///
 /// # Errors
 /// An engine that was asked for by name is not to be had on this host, or none but the interpreter is and nobody asked
 /// for that.
-pub(crate) fn engines(ram: &GuestRam, config: &RunConfig, cpu: usize) -> Result<Engines, Ending> {
-    let host = Host { ram, config, cpu };
+pub(crate) fn engines(
+    ram: &GuestRam,
+    config: &RunConfig,
+    cpu: usize,
+    cpuid: Vec<CpuidRow>,
+) -> Result<Engines, Ending> {
+    let host = Host { ram, config, cpu, cpuid };
     match (&config.shuffle, config.engine) {
         (Some(shuffle), _) => host.shuffled(shuffle),
         (None, EngineChoice::Auto) if config.lockstep.is_none() => host.best(),
@@ -40,6 +45,7 @@ struct Host<'a> {
     ram: &'a GuestRam,
     config: &'a RunConfig,
     cpu: usize,
+    cpuid: Vec<CpuidRow>,
 }
 
 impl Host<'_> {
@@ -48,7 +54,7 @@ impl Host<'_> {
         Ok(match kind {
             EngineKind::Raw => Some(Box::new(self.raw()?)),
             EngineKind::Ring1 => Some(Box::new(self.ring1()?)),
-            EngineKind::Kvm => Some(Box::new(kvm_engine(self.ram)?)),
+            EngineKind::Kvm => Some(Box::new(kvm_engine(self.ram, &self.cpuid)?)),
             EngineKind::Interp => None,
         })
     }
@@ -67,13 +73,13 @@ impl Host<'_> {
         };
         let why = match tried.and_then(|()| self.raw()) {
             Ok(raw) => {
-                let ram = self.ram.clone();
-                let make = move || kvm_engine(&ram).map(|engine| Box::new(engine) as Box<dyn Engine>);
+                let (ram, cpuid) = (self.ram.clone(), self.cpuid.clone());
+                let make = move || kvm_engine(&ram, &cpuid).map(|engine| Box::new(engine) as Box<dyn Engine>);
                 return Ok(Engines::new(vec![Box::new(raw)], None).with_reserve(Box::new(make)));
             }
             Err(why) => why,
         };
-        match kvm_engine(self.ram) {
+        match kvm_engine(self.ram, &self.cpuid) {
             Ok(kvm) => {
                 eprintln!("subring: there is no raw mode here ({why}): the guest runs on kvm");
                 Ok(Engines::new(vec![Box::new(kvm)], None))
@@ -145,11 +151,9 @@ fn code_memory() -> Result<CodeMemory, String> {
 }
 
 /// The kvm engine, if the host's KVM is hardware.
-fn kvm_engine(ram: &GuestRam) -> Result<KvmEngine, String> {
+fn kvm_engine(ram: &GuestRam, cpuid: &[CpuidRow]) -> Result<KvmEngine, String> {
     match kvm::probe() {
-        KvmWorth::Hardware { .. } => {
-            KvmEngine::new(ram, &CpuPolicy::host().rows()).map_err(|e| e.to_string())
-        }
+        KvmWorth::Hardware { .. } => KvmEngine::new(ram, cpuid).map_err(|e| e.to_string()),
         worth => Err(worth.to_string()),
     }
 }

@@ -120,12 +120,17 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
             .then(|| Box::new(WriterSink(std::io::stderr())) as Box<dyn SerialSink>),
         debug_exit: config.isa_debug_exit,
     });
-    let m = Machine::new(ram.clone(), devices, CpuPolicy::host(), clock);
+    let mut policy = CpuPolicy::host();
+    policy.take_away(config.cpu.hidden.iter().copied());
+    if config.lockstep.is_some() {
+        policy.hide_randomness();
+    }
+    let m = Machine::new(ram.clone(), devices, policy, clock);
     let placement = match Placement::current() {
         Ok(placement) => placement,
         Err(e) => return (Ending::host_cannot("asking for the CPU", &e), false, None),
     };
-    let engines = match engines(&ram, config, placement.cpu()) {
+    let engines = match engines(&ram, config, placement.cpu(), m.policy.rows()) {
         Ok(engines) => engines,
         Err(ending) => return (ending, false, None),
     };

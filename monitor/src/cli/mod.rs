@@ -12,6 +12,7 @@ use crate::config::{
     self, DEFAULT_MEMORY, EngineChoice, ISA_DEBUG_EXIT_PORT, Kernel, LockstepConfig, ModuleFile, RunConfig,
     SerialTarget, ShuffleConfig, Trace,
 };
+use crate::cpuid_msr::CpuModel;
 use crate::em::engine::EngineKind;
 use crate::em::raw::Isolation;
 use crate::outcome::ExitCode;
@@ -194,6 +195,9 @@ struct RunArgs {
     /// Guest RAM in MiB, or with K, M, G (also -m) [default: 256]
     #[arg(short, long, value_name = "SIZE", value_parser = config::parse_memory, overrides_with = "memory")]
     memory: Option<u64>,
+    /// The host's CPU without some features: host,-pge,sse4.2=off (also -cpu)
+    #[arg(long, value_name = "CPU", value_parser = CpuModel::parse, overrides_with = "cpu")]
+    cpu: Option<CpuModel>,
     /// Which engine runs guest ring 0
     #[arg(long, value_enum, default_value = "auto", overrides_with = "engine")]
     engine: EngineArg,
@@ -383,6 +387,7 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
         append: args.append.unwrap_or_default(),
         modules: args.modules.iter().map(|text| module(text)).collect(),
         memory: args.memory.unwrap_or(DEFAULT_MEMORY),
+        cpu: args.cpu.unwrap_or_default(),
         isolation: match args.isolation {
             IsolationArg::Limits => Isolation::Limits,
             IsolationArg::LimitsCode => Isolation::LimitsCode,
@@ -468,6 +473,8 @@ mod tests {
         assert_eq!(run("-kernel k -initrd i -append a=b -m size=65536K -no-reboot -nographic"), ours);
         assert_eq!(ours.kernel, Kernel::File("k".into()));
         assert_eq!(ours.serial[0], SerialTarget::Stdio { escape_always: true });
+        assert_eq!(run("run -cpu host,-pge k"), run("run --cpu max,pge=off k"));
+        assert_eq!(run("run -cpu host k"), run("run k"));
     }
 
     #[test]
@@ -530,6 +537,8 @@ mod tests {
             "run --memory",
             "run -m 5T",
             "run -m 1",
+            "run --cpu 486",
+            "run -cpu host,+avx",
             "run --engine vmx",
             "run --engine-shuffle 0",
             "run --engine-shuffle fast",

@@ -23,6 +23,7 @@ const RULES: &[(&str, Rule)] = &[
     ("initrd", Rule::Value("initrd")),
     ("append", Rule::Value("append")),
     ("m", Rule::Value("memory")),
+    ("cpu", Rule::Value("cpu")),
     ("serial", Rule::Value("serial")),
     ("nographic", Rule::Flag(&["--nographic"])),
     ("no-reboot", Rule::Flag(&["--no-reboot"])),

@@ -42,7 +42,7 @@ pub enum Rule {
 }
 
 /// One feature bit.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FeatureBit {
     /// CPUID leaf (subleaf 0).
     pub leaf: u32,

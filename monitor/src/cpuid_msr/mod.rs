@@ -2,7 +2,8 @@
 //!
 //! 1. `features`: every CPUID bit with a decision and its reason. What no row names is hidden.
 //! 2. `msrs`: every MSR that exists for the guest, and those a guest may look for in vain, with reasons.
-//! 3. `host`: what the policy is built from: the host's CPUID, its microcode revision, what it says about Meltdown.
+//! 3. `model`: what a run's user takes away from it.
+//! 4. `host`: what the policy is built from: the host's CPUID, its microcode revision, what it says about Meltdown.
 //!
 //! The rule behind the rows: what runs natively at CPL 3 without state of its own is shown as far as the host has it;
 //! what needs state the engines do not carry (AVX), privileged machinery they do not emulate (APIC, MCE, VMX), or
@@ -10,10 +11,12 @@
 
 mod features;
 mod host;
+mod model;
 mod msrs;
 
 pub use features::{FEATURES, FeatureBit, Register, Rule};
 pub use host::{HostFacts, Vendor};
+pub use model::CpuModel;
 pub use msrs::{MSRS, MsrKind, MsrRow, VendorSet, WrmsrEffect};
 
 use crate::cpum::CpuState;
@@ -83,11 +86,23 @@ impl CpuPolicy {
         policy
     }
 
-    /// Hides what answers differently each time (RDRAND, RDSEED), so that two machines with the same inputs do the same.
+    /// Hides what answers differently each time, so that two machines with the same inputs do the same.
     pub fn hide_randomness(&mut self) {
-        for (leaf, register, bit) in [((1, 0), 2, 30), ((7, 0), 1, 18)] {
-            if let Some(values) = self.leaves.get_mut(&leaf) {
-                values[register] &= !(1 << bit);
+        self.take_away(FEATURES.iter().filter(|feature| matches!(feature.name, "RDRAND" | "RDSEED")));
+    }
+
+    /// Hides features, whatever their rows say.
+    pub fn take_away<'a>(&mut self, features: impl IntoIterator<Item = &'a FeatureBit>) {
+        let mut clear = |leaf, register: Register, bits: u32| {
+            if let Some(values) = self.leaves.get_mut(&(leaf, 0)) {
+                values[register as usize] &= !bits;
+            }
+        };
+        for feature in features {
+            let bit = 1 << feature.bit;
+            clear(feature.leaf, feature.register, bit);
+            if (feature.leaf, feature.register) == (1, Register::Edx) {
+                clear(0x8000_0001, Register::Edx, bit & AMD_MIRRORED);
             }
         }
     }

@@ -229,3 +229,12 @@ fn the_policy_of_this_host_prints_every_row() {
     assert!(policy.shows(1, Register::Edx, 26), "every x86-64 host has SSE2");
     assert!(!policy.shows(1, Register::Ecx, 27));
 }
+
+#[test]
+fn a_feature_that_is_taken_away_is_gone_from_both_its_places() {
+    let mut policy = amd();
+    assert!(policy.shows(1, Register::Edx, 13) && policy.shows(0x8000_0001, Register::Edx, 13));
+    policy.take_away(CpuModel::parse("host,-pge").unwrap().hidden);
+    assert!(!policy.shows(1, Register::Edx, 13) && !policy.shows(0x8000_0001, Register::Edx, 13));
+    assert!(policy.shows(1, Register::Edx, 6), "the neighbours stay");
+}

@@ -62,13 +62,12 @@ pub struct Lockstep {
 }
 
 impl Lockstep {
-    /// A follower for a leader that has not yet started. `m` has RAM of the same size and no devices that matter. `time`
+    /// A follower for a leader that has not yet started, whose CPU answers nothing at random. `m` has RAM of the same size and no devices that matter. `time`
     /// is the leader's.
     #[must_use]
     pub fn new(cpu: CpuState, leader: &mut Machine, mut m: Machine, time: HeldTime, limit: u64) -> Lockstep {
         copy_ram(&leader.ram, &m.ram);
         leader.tape = Tape::Record(VecDeque::new());
-        leader.policy.hide_randomness();
         m.policy = leader.policy.clone();
         m.tape = Tape::Play(Play::default());
         Lockstep {
