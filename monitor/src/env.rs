@@ -85,6 +85,11 @@ pub trait Env {
     fn wrmsr(&mut self, cpu: &mut CpuState, msr: u32, value: u64) -> Result<(), Trap>;
     /// Reads guest physical memory for the CPU itself (PAE PDPTEs at a CR3 load). Unbacked memory reads as ones.
     fn read_phys(&mut self, at: csam::GuestPhys, buf: &mut [u8]);
+    /// The CPU under us sets the accessed bit in PDPTEs of PAE paging, which is reserved there: the guest finds it set by an
+    /// engine that has it walk the guest's own tables.
+    fn marks_pdptes(&self) -> bool {
+        false
+    }
     /// The CPU's paging state has just changed (CpuState already holds the new values).
     fn paging_changed(&mut self, cpu: &CpuState, change: PagingChange);
 }

@@ -384,6 +384,11 @@ impl Env for Machine {
         tsc
     }
 
+    fn marks_pdptes(&self) -> bool {
+        // For guests of its SVM with nested paging.
+        self.policy.on_tcg()
+    }
+
     fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
         self.policy.cpuid(cpu, leaf, subleaf)
     }

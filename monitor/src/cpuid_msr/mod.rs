@@ -246,6 +246,12 @@ impl CpuPolicy {
         self.shows(KVM_FEATURES, Register::Eax, 3)
     }
 
+    /// The CPU is QEMU's TCG.
+    #[must_use]
+    pub fn on_tcg(&self) -> bool {
+        self.leaves.contains_key(&(BELOW, 0))
+    }
+
     /// NX is shown: EFER exists.
     #[must_use]
     pub fn has_nx(&self) -> bool {

@@ -17,6 +17,8 @@ const CR0_EXIST: u32 =
 
 /// Reserved bits of a present PAE PDPTE (SDM Vol. 3A, table 4-8), for the widest physical address (52 bits).
 const PDPTE_RESERVED: u64 = 0xfff0_0000_0000_01e6;
+/// Where other levels have the accessed bit.
+const PDPTE_ACCESSED: u64 = 0x20;
 
 /// DR6 bits that always read as one (SDM Vol. 3B, figure 17-1).
 const DR6_ONES: u32 = 0xffff_0ff0;
@@ -99,10 +101,11 @@ impl Exec<'_> {
         }
         let mut raw = [0u8; 32];
         self.env.read_phys(GuestPhys(u64::from(cr3 & !0x1f)), &mut raw);
+        let reserved = PDPTE_RESERVED & !if self.env.marks_pdptes() { PDPTE_ACCESSED } else { 0 };
         let mut out = [0u64; 4];
         for (entry, bytes) in out.iter_mut().zip(raw.chunks_exact(8)) {
             *entry = bytes.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b));
-            if *entry & 1 != 0 && *entry & PDPTE_RESERVED != 0 {
+            if *entry & 1 != 0 && *entry & reserved != 0 {
                 return Err(Trap::gp(0));
             }
         }

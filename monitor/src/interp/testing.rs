@@ -24,6 +24,8 @@ pub struct FlatEnv {
     pub msrs: std::collections::BTreeMap<u32, u64>,
     /// What `tsc` yields next.
     pub tsc: u64,
+    /// The CPU sets the accessed bit in PDPTEs.
+    pub marks_pdptes: bool,
 }
 
 impl FlatEnv {
@@ -146,6 +148,10 @@ impl Env for FlatEnv {
                 .unwrap_or(0xff);
         }
     }
+    fn marks_pdptes(&self) -> bool {
+        self.marks_pdptes
+    }
+
     fn paging_changed(&mut self, _cpu: &CpuState, change: PagingChange) {
         self.paging.push(change);
     }

@@ -272,9 +272,15 @@ fn loading_cr3_under_pae_loads_the_page_directory_pointers() {
     assert_eq!(step(&mut cpu, &mut env), Step::Done);
     assert_eq!(cpu.pdpte, [0x5001, 0, 0, 0]);
     assert_eq!(env.paging, [PagingChange::Cr3]);
-    env.put(0x3028, &0x5003u64.to_le_bytes());
-    cpu.eip = 0x1000;
-    assert_eq!(step(&mut cpu, &mut env), raised(Trap::gp(0)));
+    for (reserved, own_doing) in [(2, false), (0x20, true)] {
+        env.put(0x3028, &(0x5001u64 | reserved).to_le_bytes());
+        cpu.eip = 0x1000;
+        assert_eq!(step(&mut cpu, &mut env), raised(Trap::gp(0)));
+        env.marks_pdptes = true;
+        cpu.eip = 0x1000;
+        assert_eq!(step(&mut cpu, &mut env) == Step::Done, own_doing, "{reserved:x}");
+        env.marks_pdptes = false;
+    }
 }
 
 #[test]
