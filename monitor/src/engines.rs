@@ -127,6 +127,9 @@ impl Host<'_> {
     fn ring1(&self) -> Result<RawEngine, String> {
         let code = code_memory()?;
         let host = Ring1Engine::new(self.ram, &code).map_err(|e: WorldError| e.to_string())?;
+        if self.config.lockstep.is_some() {
+            host.trap_tsc();
+        }
         self.in_worlds(Box::new(host), code)
     }
 

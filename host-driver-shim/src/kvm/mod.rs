@@ -7,6 +7,7 @@
 //!
 //! There is no interrupt controller in the kernel: all devices are the monitor's. What is no slot is MMIO.
 
+pub(crate) mod fpu;
 mod kick;
 mod probe;
 mod run;
@@ -29,7 +30,7 @@ use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_VALID_FIELDS, KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_enable_cap, kvm_msr_entry,
-    kvm_userspace_memory_region, kvm_xsave,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 use run::RunPage;
@@ -291,26 +292,12 @@ impl KvmVm {
 
     /// x87 and SSE state in the 512-byte FXSAVE64 format.
     pub fn fpu(&self) -> Result<[u8; 512], KvmError> {
-        let xsave = named("KVM_GET_XSAVE", self.vcpu.get_xsave())?;
-        let mut image = [0u8; 512];
-        for (bytes, word) in image.chunks_exact_mut(4).zip(xsave.region) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-        Ok(image)
+        named("KVM_GET_XSAVE", fpu::get(&self.vcpu))
     }
 
     /// Sets x87 and SSE state from the 512-byte FXSAVE64 format.
     pub fn set_fpu(&mut self, image: &[u8; 512]) -> Result<(), KvmError> {
-        const HEADER: usize = 512 / 4;
-        const X87_AND_SSE: u32 = 3;
-        let mut xsave = kvm_xsave::default();
-        for (word, bytes) in xsave.region.iter_mut().zip(image.chunks_exact(4)) {
-            *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        }
-        xsave.region[HEADER] = X87_AND_SSE;
-        // SAFETY: the call reads 4096 bytes, the structure's size, unless the process has asked for larger dynamic
-        // state components (AMX) of guests, which nothing here does.
-        named("KVM_SET_XSAVE", unsafe { self.vcpu.set_xsave(&xsave) })
+        named("KVM_SET_XSAVE", fpu::set(&self.vcpu, image))
     }
 
     /// DR0-DR3, DR6, DR7.

@@ -196,6 +196,11 @@ impl Ring1Engine {
         self.0.vcpu().machine.smep
     }
 
+    /// From the next run of a world on, `rdtsc` raises #GP(0), so that the monitor decides what the guest reads.
+    pub fn trap_tsc(&self) {
+        self.0.vcpu().machine.trap_tsc();
+    }
+
     /// Makes a world, ready to run, with nothing mapped.
     pub fn spawn_world(&self) -> Result<Ring1World, WorldError> {
         let engine = &self.0;
