@@ -46,6 +46,7 @@ fn short_runs() -> Result<String, SkipReason> {
         let job = "echo START doctor; subring doctor; echo END doctor $?; \
                    echo START kvm; subring run --engine kvm; echo END kvm $?; \
                    echo START ring1; subring run --engine ring1; echo END ring1 $?; \
+                   echo START lockstep; subring run --engine ring1 --lockstep interp; echo END lockstep $?; \
                    echo START auto; subring run --engine auto --stats; echo END auto $?; \
                    echo START shuffle; subring run --engine-shuffle 20 --stats; echo END shuffle $?; \
                    echo START storm_ring1; storm ring1; echo END storm_ring1 $?; \
@@ -101,6 +102,12 @@ fn gauge(text: &str, name: &str) -> u64 {
 #[test]
 fn the_built_in_guest_passes_on_kvm() {
     or_skip!("lab", passes("kvm"));
+}
+
+#[test]
+fn the_built_in_guest_does_the_same_on_ring1_and_in_the_interpreter() {
+    let text = or_skip!("lab", passes("lockstep"));
+    assert!(text.contains("lockstep: no difference in"), "{text}");
 }
 
 #[test]
