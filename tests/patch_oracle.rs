@@ -189,7 +189,8 @@ fn one(seed: u64, kicks: &Kicks, rig: &mut Rig, tally: &mut Tally) -> Result<(),
             &mut Patience { kicks, at: 0, stalled: 0 },
             tally,
         )
-        .and_then(|()| compare_memory(&rig.native, &rig.interpreter, &cpu, trace.end));
+        .and_then(|()| compare_memory(&rig.native, &rig.interpreter, &cpu, trace.end))
+        .and_then(|()| case::all_guarded(&raw));
         if let Err(why) = &mut result {
             let shown = raw.debug_view(cpu.eip.wrapping_sub(12), 32);
             let two = case::two_streams(&raw, &trace);

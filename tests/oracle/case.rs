@@ -216,6 +216,19 @@ pub fn two_streams(raw: &RawEngine, trace: &Trace) -> bool {
     trace.passed.iter().any(|p| raw.kernel_code.is_unscanned_inside(csam::GuestLin(p.state.eip)))
 }
 
+/// Every sensitive instruction that scans found is patched or traps, whether it was executed or not.
+///
+/// # Errors
+/// Which is neither.
+pub fn all_guarded(raw: &RawEngine) -> Result<(), String> {
+    match raw.kernel_code.unguarded() {
+        Some(at) => {
+            Err(format!("the site at {at} is neither patched nor trapped\n{}", raw.debug_view(at.0, 16)))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Runs a case both ways.
 ///
 /// # Errors
@@ -255,6 +268,7 @@ pub fn run(rig: &mut Rig, case: &Case, meddler: &mut dyn Meddler, tally: &mut Ta
             *why = format!("{why}\n{}", raw.debug_view(cpu.eip.wrapping_sub(12), 32));
         }
     }
+    result = result.and_then(|()| all_guarded(&raw));
     rig.retire(raw);
     result
 }

@@ -3,7 +3,7 @@
 //! The engine keeps its copies, its patches and what it knows of the code from one run to the next; a stale byte shows as
 //! a state the interpreter did not pass.
 
-use super::case::{Case, LIMITS, two_streams};
+use super::case::{Case, LIMITS, all_guarded, two_streams};
 use super::guest::{CODE, CODE_LEN};
 use super::rig::Rig;
 use super::{
@@ -285,6 +285,7 @@ pub fn run(
             break;
         }
     }
+    result = result.and_then(|()| all_guarded(&raw));
     rig.retire(raw);
     result
 }

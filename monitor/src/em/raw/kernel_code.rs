@@ -292,6 +292,7 @@ impl KernelCode {
     }
 
     /// Undoes every patch that overlaps [lo, hi); returns the sites they covered.
+    #[must_use]
     fn undo_in(&mut self, code: &CodeMemory, lo: GuestLin, hi: GuestLin) -> BTreeSet<GuestLin> {
         let mut sites = BTreeSet::new();
         for patch in self.patm.undo_overlapping(lo, hi) {
@@ -345,7 +346,8 @@ impl KernelCode {
         sites: impl IntoIterator<Item = GuestLin>,
     ) -> Vec<(GuestLin, GuestLin)> {
         let mut mergeable = Vec::new();
-        for site in sites {
+        let mut work: BTreeSet<GuestLin> = sites.into_iter().collect();
+        while let Some(site) = work.pop_first() {
             if self.map.site_at(site).is_none() {
                 continue;
             }
@@ -353,7 +355,10 @@ impl KernelCode {
                 continue;
             }
             if self.overlapped(site) {
-                self.trap_overlapping(code, site);
+                // Once: what it orphans may be done again by a patch that does this site as well.
+                if !self.interpreted.contains(&site) {
+                    work.extend(self.trap_overlapping(code, site));
+                }
                 continue;
             }
             self.interpreted.remove(&site);
@@ -389,10 +394,13 @@ impl KernelCode {
     }
 
     /// Two decodings share the bytes of a sensitive site, so none of them may be changed inside: each gets a trap as
-    /// its first byte and is interpreted, and so does every instruction that one of those traps lies in.
-    fn trap_overlapping(&mut self, code: &CodeMemory, site: GuestLin) {
+    /// its first byte and is interpreted, and so does every instruction that one of those traps lies in. Returns the other
+    /// sites that have lost their patch by that: a window elsewhere may do the site to which its `jmp` goes.
+    #[must_use]
+    fn trap_overlapping(&mut self, code: &CodeMemory, site: GuestLin) -> BTreeSet<GuestLin> {
         self.counts.conflicts += 1;
         let mut done = BTreeSet::new();
+        let mut orphans = BTreeSet::new();
         let mut work = vec![site];
         while let Some(at) = work.pop() {
             if !done.insert(at) {
@@ -400,7 +408,7 @@ impl KernelCode {
             }
             let len = self.map.instruction_length(at).unwrap_or(1);
             let end = at.wrapping_add(u32::from(len));
-            self.undo_in(code, at, end);
+            orphans.extend(self.undo_in(code, at, end));
             let first = at.wrapping_add(1);
             // Whoever has our first byte inside of it would execute the trap as an operand.
             work.extend(self.map.overlapping(at, first).iter().map(|(a, _)| *a).filter(|a| *a != at));
@@ -411,6 +419,8 @@ impl KernelCode {
         for at in done {
             self.interpret_at(code, at);
         }
+        orphans.retain(|at| !self.interpreted.contains(at));
+        orphans
     }
 
     /// Makes the first byte of a known instruction trap.
@@ -552,7 +562,7 @@ impl KernelCode {
         for &(at, len) in &report.instructions {
             let inside = at.wrapping_add(1)..at.wrapping_add(u32::from(len));
             if inside.start < inside.end && self.interpreted.range(inside).next().is_some() {
-                self.trap_overlapping(code, at);
+                again.extend(self.trap_overlapping(code, at));
             }
         }
         again.extend(report.sites.iter().map(|s| s.at));
@@ -627,13 +637,27 @@ impl KernelCode {
         self.assert_only_scanned(code, &[lo.page_number()]);
     }
 
+    /// A known sensitive instruction that no patch holds and that has no trap: it would run natively.
+    #[must_use]
+    pub fn unguarded(&self) -> Option<GuestLin> {
+        self.map.pages().find_map(|(number, _)| self.unguarded_in(number))
+    }
+
+    fn unguarded_in(&self, number: u32) -> Option<GuestLin> {
+        let patched =
+            |at: GuestLin| self.patm.patch_at(at.0).is_some_and(|p| p.sites.iter().any(|s| s.at == at));
+        let mut sites = self.map.page(number)?.sites().iter().map(|s| s.at);
+        sites.find(|at| !patched(*at) && !self.interpreted.contains(at))
+    }
+
     /// In a debug build: every byte the view shows in these pages is unscanned filler, a byte of proven code, or part of
-    /// a patch. So no ring-0 byte can be executed that was not scanned.
+    /// a patch. So no ring-0 byte can be executed that was not scanned, and no sensitive instruction that was.
     fn assert_only_scanned(&self, code: &CodeMemory, pages: &[u32]) {
         if !cfg!(debug_assertions) {
             return;
         }
         for number in pages {
+            assert_eq!(self.unguarded_in(*number), None, "neither patched nor trapped");
             let Some(page) = self.pages.get(number) else { continue };
             for i in 0..4096u32 {
                 let at = GuestLin(number << 12 | i);
@@ -683,3 +707,6 @@ impl KernelCode {
         self.patm.locate(eip)
     }
 }
+
+#[cfg(test)]
+mod tests;
