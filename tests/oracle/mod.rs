@@ -16,12 +16,14 @@ pub mod guest;
 pub mod rewrite;
 pub mod rig;
 pub mod stepping;
+pub mod watch;
 
 use guest::{BRANCH, BRANCH_TARGET, COMPARED};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use monitor::cpum::{CpuState, Segment, cr0, eflags, gpr};
 use monitor::em::engine::Engine;
 use monitor::em::raw::{After, RawEngine};
+use monitor::env::Env;
 use monitor::interp::{self, Step};
 use monitor::machine::Machine;
 use monitor::trap::{Event, Trap};
@@ -29,6 +31,7 @@ use monitor::trpm;
 use std::time::{Duration, Instant};
 
 use crate::ring0_code::Random;
+use watch::{Watched, is_target_word};
 
 /// What is compared of a CPU.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -173,6 +176,8 @@ pub enum Useless {
     Ring,
     /// It ran into its own page tables: instructions whose bytes are accessed bits, which worlds may set early.
     PageTables,
+    /// It looked at where the oracle keeps the target of its own branches, which only raw mode's memory holds.
+    BranchTarget,
     /// It took too long.
     Budget,
 }
@@ -292,7 +297,7 @@ fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
 }
 
 /// One instruction with what EM does about it; the end, if it ended the run.
-fn step(cpu: &mut CpuState, m: &mut Machine) -> Option<End> {
+fn step(cpu: &mut CpuState, m: &mut dyn Env) -> Option<End> {
     let start = cpu.eip;
     match interp::step(cpu, m) {
         Step::Done => None,
@@ -355,6 +360,9 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
             if cpu.cr0 & cr0::PG != 0 && guest::in_page_tables(cpu.eip, i.len() as u32) {
                 return Err(Useless::PageTables);
             }
+            if is_target_word(cpu.eip, i.len() as u32) {
+                return Err(Useless::BranchTarget);
+            }
             if excluded(&cpu, i) {
                 return Err(Useless::Excluded(cpu.eip));
             }
@@ -367,7 +375,12 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
             memory: (limits.memory && !over).then(|| digest(m, &cpu)),
             instruction: instruction.unwrap_or_default(),
         });
-        if let Some(end) = step(&mut cpu, m) {
+        let mut watched = Watched { m, looked: false };
+        let end = step(&mut cpu, &mut watched);
+        if watched.looked {
+            return Err(Useless::BranchTarget);
+        }
+        if let Some(end) = end {
             return Ok(Trace { passed, end, enough: usize::MAX, last: State::of(&cpu) });
         }
     }
