@@ -82,6 +82,9 @@ impl Env for Watched<'_> {
     fn read_phys(&mut self, at: GuestPhys, buf: &mut [u8]) {
         self.m.read_phys(at, buf);
     }
+    fn marks_pdptes(&self) -> bool {
+        self.m.marks_pdptes()
+    }
     fn paging_changed(&mut self, cpu: &CpuState, change: PagingChange) {
         self.m.paging_changed(cpu, change);
     }
