@@ -10,13 +10,14 @@
 //! - `rdtsc`, `pause`, `rdrand`, `rdseed`, `xsave`, `xrstor` run natively.
 //! - `int3`, `int1`, `into`, `bound`, `ud*` are [`Class::Trapping`]: they raise their exception at any privilege
 //!   level, the host hands it to us, and the guest gets it. They need no patch, and `int3` must not get one: a guest
-//!   writes it over its own code (kprobes, `text_poke`) and expects it to be a byte long.
+//!   writes it over its own code (kprobes, `text_poke`) and expects it to be a byte long. A `bound` that reads its
+//!   bounds through CS is [`SensitiveKind::CsData`].
 //! - `int n` is a site: a vector that is a host gate (0x80) would be a host system call. See
 //!   [`HostBehaviour::OperandDependent`].
 //! - Instructions that CPUID hides from the guest but the host executes are [`SensitiveKind::HiddenFeature`]: bare
 //!   metal without the feature raises #UD.
 
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 /// What running an instruction of guest ring 0 natively at hardware privilege level 3 would do.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
@@ -295,6 +296,10 @@ pub const fn classify(code: Code) -> Class {
 pub fn classify_instruction(instruction: &Instruction) -> Class {
     match classify(instruction.code()) {
         Class::Innocuous if reads_through_cs(instruction) => Class::Sensitive(SensitiveKind::CsData),
+        // Of those that raise an exception the one that first reads what its memory operand says.
+        Class::Trapping if instruction.mnemonic() == Mnemonic::Bound && reads_through_cs(instruction) => {
+            Class::Sensitive(SensitiveKind::CsData)
+        }
         class => class,
     }
 }
@@ -339,13 +344,13 @@ fn reads_through_cs(instruction: &Instruction) -> bool {
         matches!(instruction.code(), Code::Lea_r16_m | Code::Lea_r32_m | Code::Nop_rm16 | Code::Nop_rm32)
             || matches!(
                 instruction.mnemonic(),
-                iced_x86::Mnemonic::Reservednop
-                    | iced_x86::Mnemonic::Prefetch
-                    | iced_x86::Mnemonic::Prefetchw
-                    | iced_x86::Mnemonic::Prefetchnta
-                    | iced_x86::Mnemonic::Prefetcht0
-                    | iced_x86::Mnemonic::Prefetcht1
-                    | iced_x86::Mnemonic::Prefetcht2
+                Mnemonic::Reservednop
+                    | Mnemonic::Prefetch
+                    | Mnemonic::Prefetchw
+                    | Mnemonic::Prefetchnta
+                    | Mnemonic::Prefetcht0
+                    | Mnemonic::Prefetcht1
+                    | Mnemonic::Prefetcht2
             );
     // The ES:(E)DI side of a string instruction takes no prefix: it does not count.
     !addresses_only
@@ -492,6 +497,9 @@ mod tests {
         assert_eq!(class(&[0x2e, 0xa1, 0, 0x10, 0, 0]), cs_data); // mov eax, cs:[1000h]
         assert_eq!(class(&[0x2e, 0xa5]), cs_data); // movsd es:[edi], cs:[esi]
         assert_eq!(class(&[0x2e, 0xff, 0x25, 0, 0x10, 0, 0]), cs_data); // jmp cs:[1000h]
+        assert_eq!(class(&[0x2e, 0x62, 0x59, 0x79]), cs_data); // bound ebx, cs:[ecx+79h]
+        assert_eq!(class(&[0x62, 0x59, 0x79]), Class::Trapping);
+        assert_eq!(class(&[0x2e, 0x0f, 0xb9, 0x59, 0x79]), Class::Trapping); // ud1 reads nothing
         assert_eq!(class(&[0x2e, 0xab]), Class::Innocuous); // stosd
         assert_eq!(class(&[0x2e, 0x74, 0]), Class::Innocuous); // je, "not taken"
         assert_eq!(class(&[0x2e, 0x0f, 0x1f, 0x44, 0, 0]), Class::Innocuous); // nop cs:[eax+eax]
