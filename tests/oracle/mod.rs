@@ -623,10 +623,25 @@ pub fn compare_memory(
     let (mut a, mut b) = (vec![0u8; COMPARED.end], vec![0u8; COMPARED.end]);
     interpreter.ram.read(0, &mut a).unwrap();
     native.ram.read(0, &mut b).unwrap();
-    let top = (cpu.gpr[gpr::ESP] & 0x3f_ffff) as usize;
-    let frame = if matches!(end, End::Trap(_)) { top.saturating_sub(FRAME)..top } else { 0..0 };
+    let frame = frame_of(cpu, end);
     match COMPARED.clone().find(|n| a[*n] != b[*n] && !frame.contains(n)) {
-        Some(n) => Err(format!("memory at {n:#x}: {:02x}/{:02x}, ESP {top:#x}", b[n], a[n])),
+        Some(n) => Err(format!("memory at {n:#x}: {:02x}/{:02x}, ESP {:#x}", b[n], a[n], cpu.gpr[gpr::ESP])),
         None => Ok(()),
+    }
+}
+
+/// Where the frame of the fault goes that the run ended with, GuestPhys; nowhere if it ended otherwise.
+fn frame_of(cpu: &CpuState, end: End) -> std::ops::Range<usize> {
+    let top = (cpu.gpr[gpr::ESP] & 0x3f_ffff) as usize;
+    if matches!(end, End::Trap(_)) { top.saturating_sub(FRAME)..top } else { 0..0 }
+}
+
+/// Makes what [`compare_memory`] left out the same in both machines, as the frame would: for a run that goes on.
+pub fn settle_frame(native: &mut Machine, interpreter: &Machine, cpu: &CpuState, end: End) {
+    for at in frame_of(cpu, end) {
+        let at = csam::GuestPhys(at as u64);
+        let mut byte = [0];
+        interpreter.read_ram(at, &mut byte);
+        native.write_ram(at, &byte);
     }
 }

@@ -8,6 +8,7 @@ use super::guest::{CODE, CODE_LEN};
 use super::rig::Rig;
 use super::{
     End, Honest, Limits, Meddler, NEVER, Native, Tally, Trace, Useless, compare_memory, follow, interpret,
+    settle_frame,
 };
 use crate::ring0_code::Random;
 use csam::{GuestLin, GuestPhys};
@@ -270,6 +271,7 @@ pub fn run(
         );
         if result.is_ok() && trace.end != End::Budget {
             result = compare_memory(&rig.native, &rig.interpreter, &cpu, trace.end);
+            settle_frame(&mut rig.native, &rig.interpreter, &cpu, trace.end);
         }
         if let Err(why) = &mut result {
             if two_streams(&raw, &trace) {
