@@ -1,6 +1,7 @@
 //! What this host offers, found out by trying. Nothing here leaves a trace in the calling process.
 
 use crate::kvm::{self, KvmWorth};
+use crate::raw::rc_window;
 use std::ffi::c_long;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -44,7 +45,7 @@ pub struct HostCapabilities {
     pub cpuid_faulting: Probe,
     /// `wrfsbase` and `wrgsbase` in user mode.
     pub fsgsbase: Probe,
-    /// `userfaultfd`, user mode only.
+    /// `userfaultfd`, user mode only, with missing and minor faults of shared memory as signals.
     pub userfaultfd: Probe,
     /// `/dev/kvm` makes a virtual machine that runs a few instructions of protected mode.
     pub kvm: Probe,
@@ -288,10 +289,12 @@ fn fsgsbase() -> Probe {
 }
 
 fn userfaultfd() -> Probe {
-    const UFFD_USER_MODE_ONLY: i32 = 1;
-    // SAFETY: takes flags only; the new descriptor is owned right away.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
-    owned(fd).map_or_else(|e| Probe::Fails(e.to_string()), |_| Probe::Works(String::new()))
+    match rc_window::userfaultfd() {
+        Some(fd) => {
+            owned(fd.into()).map_or_else(|e| Probe::Fails(e.to_string()), |_| Probe::Works(String::new()))
+        }
+        None => Probe::Fails(io::Error::last_os_error().to_string()),
+    }
 }
 
 fn kvm() -> Probe {

@@ -261,12 +261,14 @@ fn excluded(cpu: &CpuState, i: &Instruction) -> bool {
         _ => false,
     };
     // Each iteration is a boundary.
-    let repeats = i.is_string_instruction()
-        && (i.has_rep_prefix() || i.has_repne_prefix())
-        && cpu.gpr[gpr::ECX] > REPEATS;
+    let prefixed = i.has_rep_prefix() || i.has_repne_prefix();
+    let repeats = i.is_string_instruction() && prefixed && cpu.gpr[gpr::ECX] > REPEATS;
+    // A repeat prefix turns the condition round on AMD; it is reserved (SDM Vol. 2A, 2.1.1).
+    let turned = prefixed && matches!(i.mnemonic(), M::Loope | M::Loopne);
     !known
         || undefined != 0
         || repeats
+        || turned
         || moves_control
         || port
         || matches!(
@@ -476,10 +478,23 @@ pub fn follow(
             Some(target) if cpu.eip == spring => now.eip = target,
             _ => branching = None,
         }
-        let repeats = interp::fetch_decode(cpu, m)
-            .is_ok_and(|i| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()));
+        let next = interp::fetch_decode(cpu, m).ok();
+        let repeats = next
+            .as_ref()
+            .is_some_and(|i| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()));
         if !repeats {
-            let (to, unique) = match trace.find(at, &now, || digest(m, cpu)) {
+            let mut found = trace.find(at, &now, || digest(m, cpu));
+            // The hardware may stop in the middle of a popa whose stack goes on in a page that was not there yet: some
+            // registers are popped then, and are popped again.
+            if matches!(found, Found::Nowhere)
+                && next.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Popa | Mnemonic::Popad))
+                && let Some(before) = (trace.passed.iter().skip(at).map(|p| &p.state))
+                    .find(|s| s.eip == now.eip && s.gpr[gpr::ESP] == now.gpr[gpr::ESP])
+            {
+                now.gpr = before.gpr;
+                found = trace.find(at, &now, || digest(m, cpu));
+            }
+            let (to, unique) = match found {
                 Found::At { place, unique } => (place, unique),
                 Found::OtherMemory(near) => {
                     return Err(format!("after {how}: memory differs at {near}{}", trace.place(near)));

@@ -31,6 +31,8 @@ pub(crate) const SIGNAL_STACK_SIZE: u64 = 64 << 10;
 pub(crate) const RAM_VA: u64 = 0x2000_0000_0000;
 /// The bitmap of watched frames ([`crate::ram::GuestRam::set_watched`]) in a world, read-only.
 pub(crate) const WATCHED_VA: u64 = ARENA_VA + 0x4000_0000;
+/// What a world knows about its windows ([`super::rc_window`]).
+pub(crate) const WINDOWS_VA: u64 = ARENA_VA + 0x5000_0000;
 
 /// How many commands fit.
 pub(crate) const COMMANDS: usize = 1024;
@@ -85,7 +87,7 @@ pub(crate) mod op {
 pub(crate) const RAM_FD: i32 = 3;
 pub(crate) const CODE_FD: i32 = 4;
 pub(crate) const ARENA_FD: i32 = 5;
-/// The bitmap of watched frames: closed once it is mapped.
+/// The bitmap of watched frames: closed once it is mapped, and then the userfaultfd's.
 pub(crate) const WATCHED_FD: i32 = 6;
 
 /// One command, see [`op`].

@@ -9,10 +9,11 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
     ARENA_FD, ARENA_VA, Arena, FILTER_MAX, RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE,
-    STACK_VA, WATCHED_FD, WATCHED_VA, exit_kind,
+    STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA, exit_kind,
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
 use super::rc::{arena, death, die};
+use super::rc_window;
 use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
 use crate::ram::watched_size;
 
@@ -92,11 +93,21 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     let pages = u64::from(unsafe { (*arena()).fill.ram_pages.load(Acquire) });
     map_fixed(RAM_VA, pages << 12, READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, RAM_FD)?;
     map_fixed(WATCHED_VA, watched_size(pages), libc::PROT_READ, libc::MAP_SHARED, WATCHED_FD)?;
+    let own = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    map_fixed(
+        WINDOWS_VA,
+        size_of::<rc_window::Windows>().next_multiple_of(4096) as u64,
+        READ_WRITE,
+        own,
+        -1,
+    )?;
     *step = 3;
     // SAFETY: closes descriptors nothing in this process uses.
     check(unsafe { libc::syscall(libc::SYS_close_range, 0, 2, 0) } == 0)?;
     // SAFETY: as above.
     check(unsafe { libc::syscall(libc::SYS_close_range, ARENA_FD + 1, u32::MAX, 0) } == 0)?;
+    // Without it pages are mapped one by one.
+    rc_window::set_up();
     *step = 4;
     let a = arena();
     // SAFETY: the arena is mapped; prctl and getppid touch no memory of ours.

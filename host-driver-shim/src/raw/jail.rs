@@ -1,6 +1,6 @@
 //! What a world may ask of the host kernel: next to nothing.
 //!
-//! The filter allows the eight calls the runtime needs; the mapping calls only below 4 GiB of address and length, so not
+//! The filter allows the ten calls the runtime needs; the mapping calls only below 4 GiB of address and length, so not
 //! even a guest in 64-bit mode can change the runtime's own mappings (all of it lies above 8 GiB), and only for the
 //! world's own descriptors. Everything else kills the process.
 
@@ -13,7 +13,8 @@ use seccompiler::{
     SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::arena::{ARENA_FD, RAM_FD};
+use super::arena::{ARENA_FD, RAM_FD, WINDOWS_VA};
+use super::rc_window::{FRAMES_SIZE, UFFD, UFFDIO_CONTINUE, UFFDIO_REGISTER};
 
 const FOUR_GIB: u64 = 1 << 32;
 
@@ -39,12 +40,30 @@ fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
     map.push(SeccompCondition::new(3, Dword, MaskedEq(!(libc::MAP_POPULATE as u64)), flags)?);
     map.push(SeccompCondition::new(4, Dword, Ge, RAM_FD as u64)?);
     map.push(SeccompCondition::new(4, Dword, Le, ARENA_FD as u64)?);
+    // The kernel checks what `ioctl` names against the world's own mappings. A guest in 64-bit mode could have our own memory
+    // raise faults, too: its world would end.
+    let windows = |request: u64| -> Result<SeccompRule, seccompiler::BackendError> {
+        SeccompRule::new(vec![
+            SeccompCondition::new(0, Dword, Eq, UFFD as u64)?,
+            SeccompCondition::new(1, Dword, Eq, request)?,
+        ])
+    };
+    let dont_need = || SeccompCondition::new(2, Dword, Eq, libc::MADV_DONTNEED as u64);
+    let mut discard = low()?;
+    discard.push(dont_need()?);
+    let forget = vec![
+        SeccompCondition::new(0, Qword, Eq, WINDOWS_VA)?,
+        SeccompCondition::new(1, Qword, Eq, FRAMES_SIZE)?,
+        dont_need()?,
+    ];
     let rules = BTreeMap::from([
         // No conditions: the kernel then answers from its bitmap without running the filter (seccomp action cache).
         (libc::SYS_futex, vec![]),
         (libc::SYS_rt_sigreturn, vec![]),
         (libc::SYS_exit_group, vec![]),
         (libc::SYS_mmap, vec![SeccompRule::new(map)?]),
+        (libc::SYS_ioctl, vec![windows(UFFDIO_CONTINUE)?, windows(UFFDIO_REGISTER)?]),
+        (libc::SYS_madvise, vec![SeccompRule::new(discard)?, SeccompRule::new(forget)?]),
         (libc::SYS_munmap, vec![SeccompRule::new(low()?)?]),
         (libc::SYS_mprotect, vec![SeccompRule::new(low()?)?]),
         (

@@ -22,6 +22,7 @@ mod rc_fill;
 mod rc_port;
 mod rc_quick;
 pub mod rc_walk;
+pub(crate) mod rc_window;
 mod signal;
 mod spawn;
 

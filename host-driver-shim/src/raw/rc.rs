@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
 use super::entry::subring_rc_resume;
 use super::fill::NO_FAULT;
-use super::{rc_doze, rc_quick};
+use super::{rc_doze, rc_quick, rc_window};
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -118,10 +118,18 @@ fn carry_out() -> bool {
 
 /// Maps `len` bytes of one of the world's descriptors at `at`; negative: the errno.
 pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
-    let mut flags = libc::MAP_SHARED | libc::MAP_FIXED;
-    if len <= POPULATE_UP_TO {
-        flags |= libc::MAP_POPULATE;
-    }
+    let populate = if len <= POPULATE_UP_TO { libc::MAP_POPULATE } else { 0 };
+    map_with(populate, (at, len), prot, fd, offset)
+}
+
+/// Maps `len` writable bytes of one of the world's descriptors at `at`, without entering a page in the page tables.
+pub(crate) fn reserve(at: u32, len: u32, fd: u32, offset: u64) -> bool {
+    map_with(0, (at, len), (libc::PROT_READ | libc::PROT_WRITE) as u32, fd, offset) >= 0
+}
+
+fn map_with(flags: i32, (at, len): (u32, u32), prot: u32, fd: u32, offset: u64) -> i64 {
+    rc_window::windows().forget(at >> 12, len >> 12);
+    let flags = flags | libc::MAP_SHARED | libc::MAP_FIXED;
     let (at, len, prot, fd) = (u64::from(at), u64::from(len), u64::from(prot), u64::from(fd));
     // SAFETY: replaces guest mappings below 4 GiB only (the jail enforces it), where nothing of ours lives.
     unsafe { syscall(libc::SYS_mmap, at, len, prot, flags as u64, fd, offset) }.min(0)
@@ -129,6 +137,7 @@ pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
 
 /// Removes what is mapped in `len` bytes at `at`; negative: the errno.
 pub(crate) fn unmap(at: u32, len: u32) -> i64 {
+    rc_window::windows().forget(at >> 12, len >> 12);
     // SAFETY: removes guest mappings below 4 GiB only (the jail enforces it).
     unsafe { syscall(libc::SYS_munmap, u64::from(at), u64::from(len), 0, 0, 0, 0) }
 }
@@ -139,6 +148,7 @@ fn perform(c: &Command) -> i64 {
         op::MAP => map(c.a, c.b, c.c, c.d, c.offset),
         op::UNMAP if c.b == 0 => {
             const HALF: u64 = 1 << 31;
+            rc_window::windows().forget_all();
             // SAFETY: removes guest mappings below 4 GiB only.
             let low = unsafe { syscall(libc::SYS_munmap, 0, HALF, 0, 0, 0, 0) };
             // SAFETY: removes guest mappings below 4 GiB only.
@@ -146,8 +156,11 @@ fn perform(c: &Command) -> i64 {
             low.min(high)
         }
         op::UNMAP => unmap(c.a, c.b),
-        // SAFETY: changes guest mappings below 4 GiB only (the jail enforces it).
-        op::PROTECT => unsafe { syscall(libc::SYS_mprotect, at, len, u64::from(c.c), 0, 0, 0) },
+        op::PROTECT => {
+            rc_window::windows().forget(c.a >> 12, c.b >> 12);
+            // SAFETY: changes guest mappings below 4 GiB only (the jail enforces it).
+            unsafe { syscall(libc::SYS_mprotect, at, len, u64::from(c.c), 0, 0, 0) }
+        }
         op::SEGMENT => {
             // struct user_desc: entry_number, base_addr, limit, flags.
             let desc = [c.a, c.b, c.c, c.d];

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
 use super::fill::{LOG, NO_FAULT, Note, is_set, note, put};
 use super::rc::map;
-use super::rc_walk::{Access, Page, Tables, prefetch, refusal, right, walk};
+use super::rc_walk::{Access, Page, Tables, is_absent, prefetch, refusal, right, walk};
+use super::rc_window;
 use crate::world::{FillMode, FillRules};
 
 /// Pages mapped around a faulting one where the guest has them present. As in the monitor.
@@ -112,7 +113,23 @@ pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> Ans
 ///
 /// # Safety
 /// As [`answer`].
-pub(crate) unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+    // SAFETY: by contract.
+    unsafe { fill_as(a, cr2, error, cs, false) }
+}
+
+/// Fills the page of a fault the guest's own handler has just answered.
+///
+/// # Safety
+/// As [`answer`].
+pub(crate) unsafe fn refill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool {
+    // SAFETY: by contract.
+    unsafe { fill_as(a, cr2, error, cs, true) }
+}
+
+/// # Safety
+/// As [`answer`].
+unsafe fn fill_as(a: *mut Arena, cr2: u32, error: u32, cs: u16, is_refill: bool) -> bool {
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, rules) = unsafe { (&raw const (*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
     if error & PF_FETCH != 0 || !rules.mode.contains(FillMode::ENABLED) {
@@ -159,6 +176,23 @@ pub(crate) unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool 
     }
     let mut runs = Runs { log, noted, present, run: None };
     let mut fine = runs.have_room();
+    let may_write =
+        |rights: u32| rights & right::WRITABLE != 0 || !user && !rules.mode.contains(FillMode::WP);
+    if fine && is_refill && write && !large && may_write(page.rights) {
+        let (at, pfn) = (cr2 >> 12, (page.frame >> 12) as u32);
+        // Where the guest has something already, it is mapped when it is accessed.
+        let free = |p: u32| {
+            !is_set(present, p)
+                && !place.is_taken(p)
+                && is_absent(&ram, &rules, (p << 12).wrapping_sub(rules.delta))
+        };
+        if rc_window::windows().let_in(at, pfn, present, free) {
+            put(present, at, 1, true);
+            runs.note(at, 1, page.frame >> 12, (page.rights | right::HOST_WRITE) as u8);
+            answered.store(answered.load(Relaxed).wrapping_add(1), Relaxed);
+            return true;
+        }
+    }
     for number in low..low.wrapping_add(span) {
         let at = number.wrapping_add(delta_pages) & 0xf_ffff;
         let skip = at < LOW_PAGES || number != centre && is_set(present, at) || place.is_taken(at);
@@ -173,8 +207,8 @@ pub(crate) unsafe fn fill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> bool 
             prefetch(&ram, &rules, number << 12, user).filter(|p| !exposed(number << 12, p.rights))
         };
         let this = this.filter(|p| ram.holds(p.frame >> 12)).map(|p| {
-            let allowed = p.rights & right::WRITABLE != 0 || !user && !rules.mode.contains(FillMode::WP);
-            let writes = allowed && p.rights & right::DIRTY != 0 && !ram.is_watched(p.frame >> 12);
+            let writes =
+                may_write(p.rights) && p.rights & right::DIRTY != 0 && !ram.is_watched(p.frame >> 12);
             (p.frame >> 12, p.rights | if writes { right::HOST_WRITE } else { 0 })
         });
         fine = fine && runs.add(at, this);

@@ -14,6 +14,7 @@ use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_doze;
 use super::rc_fill::{self, PF_WRITE};
 use super::rc_port;
+use super::rc_window;
 use crate::world::{Quick, QuickKind};
 
 /// CS in [`crate::world::HwRegs::sel`].
@@ -117,7 +118,7 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     }
     if is_set(&area.present, page) {
         put(&area.present, page, 1, false);
-        if unmap(page << 12, 4096) < 0 {
+        if !rc_window::windows().take_out(page) && unmap(page << 12, 4096) < 0 {
             return false;
         }
     }
@@ -146,7 +147,7 @@ unsafe fn refill(a: *mut Arena, quick: &Quick) -> bool {
     let error = if wanted & REFILL_WRITE != 0 { PF_WRITE } else { 0 };
     // If that does not work, ring 3 will fault, and it is looked at then.
     // SAFETY: by contract.
-    let _filled = unsafe { rc_fill::fill(a, place, error, rules.user_cs as u16) };
+    let _filled = unsafe { rc_fill::refill(a, place, error, rules.user_cs as u16) };
     // SAFETY: by contract.
     unsafe { finish(a, quick) };
     true

@@ -95,6 +95,11 @@ fn path<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<P
     }
 }
 
+/// Whether the tables show nothing at `lin`.
+pub(crate) fn is_absent<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> bool {
+    matches!(path(tables, rules, lin), Err(Miss::NotPresent))
+}
+
 fn path_32<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<Path, Miss> {
     let read = |base: u32, index: u32| -> Result<Entry, Miss> {
         let at = u64::from(base & !0xfff) + u64::from(index) * 4;

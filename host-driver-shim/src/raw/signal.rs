@@ -66,7 +66,8 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     }
     // SAFETY: `arena` is the mapped arena; the frame is live; we are on the signal stack, which nobody needs after this.
     unsafe {
-        if signal == libc::SIGSEGV && code > 0 && may_answer(gregs, csgsfs, arena) {
+        // SIGBUS: a page of a window that was not let in.
+        if matches!(signal, libc::SIGSEGV | libc::SIGBUS) && code > 0 && may_answer(gregs, csgsfs, arena) {
             let (cr2, error) = (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32);
             match rc_fill::answer(arena, cr2, error, csgsfs as u16) {
                 Answer::Filled => {

@@ -1,0 +1,175 @@
+//! Pages that a world lets in from a longer mapping show what the guest's tables say, and nothing else is shown.
+
+mod common;
+use common::*;
+use host_driver_shim::raw::rc_deliver::REFILL;
+use host_driver_shim::world::{
+    Backing, FillMode, FillRules, Prot, QUICK_SITES, Quick, QuickKind, World, WorldExit, WorldLin,
+};
+
+const DIRECTORY: u64 = 0x10_0000;
+const TABLE: u64 = 0x10_1000;
+const AREA: u32 = 0x2000_0000;
+const PAGE: u32 = 0x1000;
+/// P, RW and US.
+const USABLE: u32 = 7;
+/// In [`REFILL`]: a write, and that there is one.
+const WRITE: u32 = 3;
+const REFILL_REASON: u32 = 0x101;
+const INVLPG_REASON: u32 = 0x102;
+/// Where the refill and the `invlpg` go on: code that stores ECX at EBX and loads it again into EDX.
+const BEHIND: u32 = CODE + 0x200;
+const INVLPG: u32 = CODE + 0x100;
+
+fn set_pte(g: &Guest, page: u32, value: u32) {
+    g.ram.write_u32(TABLE + u64::from(page) * 4, value).unwrap();
+}
+
+fn guest() -> Guest {
+    let mut g = Guest::new();
+    let mut code = vec![0xf4; 0x300];
+    let mut put = |at: u32, bytes: &[u8]| {
+        let at = (at - CODE) as usize;
+        code[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    put(CODE, &gate_jump(REFILL_REASON));
+    put(INVLPG, &gate_jump(INVLPG_REASON));
+    put(BEHIND, &[0x89, 0x0b, 0x8b, 0x13, 0xf4]);
+    g.put(&code);
+    g.ram.write_u32(DIRECTORY + u64::from(AREA >> 22) * 4, TABLE as u32 | USABLE).unwrap();
+    let mode = FillMode::ENABLED | FillMode::SUPERVISOR | FillMode::WP;
+    g.world.set_fill_rules(&FillRules { cr3: DIRECTORY as u32, mode, ..FillRules::default() });
+    let mut quick = [Quick::default(); QUICK_SITES];
+    quick[0] = Quick { reason: REFILL_REASON, kind: QuickKind::Refill, resume: BEHIND, ..Quick::default() };
+    quick[1] = Quick { reason: INVLPG_REASON, kind: QuickKind::Invlpg, resume: BEHIND, ..Quick::default() };
+    quick[1].base = EBX as u32;
+    g.world.set_quick(&quick);
+    g
+}
+
+/// From `eip`, which ends in a store of `value` to this page and a load from there.
+fn go(g: &mut Guest, eip: u32, page: u32, value: u32) -> Result<u32, WorldExit> {
+    let mut r = regs();
+    (r.eip, r.gpr[EBX], r.gpr[ECX]) = (eip, AREA + page * PAGE, value);
+    match g.run(&mut r) {
+        GP => Ok(r.gpr[EDX]),
+        other => Err(other),
+    }
+}
+
+/// The guest's handler has put `frame` there, and goes back to the store.
+fn refill(g: &mut Guest, page: u32, frame: u32, value: u32) -> Result<u32, WorldExit> {
+    set_pte(g, page, frame << 12 | USABLE);
+    g.world.vcpu_write(REFILL, (AREA + page * PAGE) | WRITE);
+    go(g, CODE, page, value)
+}
+
+fn missed(page: u32) -> Result<u32, WorldExit> {
+    Err(WorldExit::Fault { vector: 14, error_code: 6, cr2: AREA + page * PAGE })
+}
+
+fn word(g: &Guest, frame: u32) -> Option<u32> {
+    g.ram.read_u32(u64::from(frame) << 12)
+}
+
+#[test]
+fn pages_the_tables_do_not_have_are_missed_touched_frames_and_untouched_ones() {
+    let mut g = guest();
+    // Frames 202h and 203h are in the host's memory, the others were never touched.
+    g.ram.write_u32(0x20_2000, 0x1111).unwrap();
+    g.ram.write_u32(0x20_3000, 0x2222).unwrap();
+    assert_eq!(refill(&mut g, 1, 0x201, 0xabcd), Ok(0xabcd));
+    assert_eq!(word(&g, 0x201), Some(0xabcd));
+    for page in 2..20 {
+        assert_eq!(go(&mut g, BEHIND, page, 5), missed(page), "page {page}");
+    }
+    assert_eq!((word(&g, 0x202), word(&g, 0x203), word(&g, 0x204)), (Some(0x1111), Some(0x2222), Some(0)));
+    assert_eq!(go(&mut g, BEHIND, 1, 0xef), Ok(0xef), "the first still is there");
+}
+
+#[test]
+fn frames_that_follow_and_frames_that_do_not_are_shown_where_the_tables_have_them() {
+    let mut g = guest();
+    // Each page's frame: following ones, a jump back, one that is there twice, and so on beyond a window's end.
+    let frames = [0x201, 0x202, 0x203, 0x300, 0x301, 0x206, 0x203].into_iter().chain(0x400..0x430);
+    let frames: Vec<u32> = frames.collect();
+    for (page, frame) in (1..).zip(&frames) {
+        assert_eq!(refill(&mut g, page, *frame, page << 8), Ok(page << 8), "page {page}");
+        assert_eq!(word(&g, *frame), Some(page << 8));
+    }
+    for (page, frame) in (1..).zip(&frames) {
+        assert_eq!(go(&mut g, BEHIND, page, page), Ok(page));
+        assert_eq!(word(&g, *frame), Some(page), "page {page}");
+    }
+}
+
+#[test]
+fn after_invlpg_a_page_shows_what_the_tables_have_then() {
+    let mut g = guest();
+    for page in 1..6 {
+        assert_eq!(refill(&mut g, page, 0x200 + page, 1), Ok(1));
+    }
+    for round in 0..3 {
+        // Away: the store behind the instruction misses, whatever the window has there.
+        for page in 1..6 {
+            set_pte(&g, page, 0);
+            assert_eq!(go(&mut g, INVLPG, page, 2), missed(page), "{round}: page {page}");
+        }
+        // There again, the third one with another frame each time.
+        for page in 1..6 {
+            let frame = if page == 3 { 0x500 + round } else { 0x200 + page };
+            assert_eq!(refill(&mut g, page, frame, round << 16 | page), Ok(round << 16 | page));
+            assert_eq!(word(&g, frame), Some(round << 16 | page));
+        }
+    }
+    assert_eq!(word(&g, 0x203), Some(1));
+}
+
+#[test]
+fn what_the_monitor_maps_or_unmaps_in_between_counts() {
+    let mut g = guest();
+    assert_eq!(refill(&mut g, 1, 0x201, 1), Ok(1));
+    g.ram.write_u32(0x60_0000, 0x77).unwrap();
+    g.world.map(WorldLin(AREA + 2 * PAGE), PAGE, Backing::Ram(0x60_0000), Prot::READ).unwrap();
+    // The tables have frame 202h there, as the window had.
+    assert_eq!(refill(&mut g, 2, 0x202, 2), Ok(2));
+    assert_eq!((word(&g, 0x202), word(&g, 0x600)), (Some(2), Some(0x77)));
+    g.world.unmap(WorldLin(AREA), 64 * PAGE).unwrap();
+    set_pte(&g, 1, 0);
+    set_pte(&g, 2, 0);
+    for page in 1..5 {
+        assert_eq!(go(&mut g, BEHIND, page, 3), missed(page));
+        assert_eq!(refill(&mut g, page, 0x210 - page, 4), Ok(4), "downwards");
+        assert_eq!(word(&g, 0x210 - page), Some(4));
+    }
+}
+
+#[test]
+fn more_windows_than_are_remembered_lose_nothing() {
+    let mut g = guest();
+    // Every 64th page of 1 GiB, each with a window of its own; their tables are from 2 MiB on, their frames from 4 MiB on.
+    let directory = |i: u32| 0x20_0000 + u64::from(i) * 4096;
+    for i in 0..256 {
+        g.ram.write_u32(DIRECTORY + u64::from((AREA >> 22) + i) * 4, directory(i) as u32 | USABLE).unwrap();
+    }
+    let pages: Vec<u32> = (0..0x4_0000).step_by(64).collect();
+    assert!(pages.len() > 2048 + 1024);
+    let mut r = regs();
+    for (n, page) in (0u32..).zip(&pages) {
+        let frame = 0x400 + n % 0x800;
+        let at = directory(page >> 10) + u64::from(page & 1023) * 4;
+        g.ram.write_u32(at, frame << 12 | USABLE).unwrap();
+        g.world.vcpu_write(REFILL, (AREA + page * PAGE) | WRITE);
+        (r.eip, r.gpr[EBX], r.gpr[ECX]) = (CODE, AREA + page * PAGE, n);
+        assert_eq!(g.run(&mut r), GP, "page {page:x}");
+        assert_eq!(word(&g, frame), Some(n));
+        g.world.take_fills(&mut |_| {});
+    }
+    for page in &pages[..40] {
+        assert_eq!(go(&mut g, BEHIND, *page, 9), Ok(9));
+        assert_eq!(go(&mut g, BEHIND, *page + 1, 9), missed(*page + 1));
+    }
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", g.world.pid())).unwrap();
+    let low = maps.lines().filter(|l| l.split('-').next().is_some_and(|a| a.len() <= 8)).count();
+    assert!(low < pages.len() + 2048 + 100, "{low} mappings");
+}
