@@ -74,6 +74,17 @@ fn named<T>(what: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<
     result.map_err(|e| KvmError::new(what, e.errno()))
 }
 
+/// KVM_CREATE_VM, again where a signal came meanwhile: the kernel gives up with EINTR when one is pending while it attaches
+/// the machine to the process's memory (`mm_take_all_locks` in Linux's mm/mmap.c), a stop and continue among them.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+}
+
 /// General registers, system registers and pending events of the vCPU.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct KvmState {
@@ -117,7 +128,7 @@ impl KvmVm {
         if ram.size() > IDENTITY_MAP {
             return Err(KvmError::wrong("guest RAM", "it reaches to where KVM wants pages for itself"));
         }
-        let vm = named("KVM_CREATE_VM", kvm.create_vm())?;
+        let vm = named("KVM_CREATE_VM", create_vm(&kvm))?;
         named("KVM_SET_IDENTITY_MAP_ADDR", vm.set_identity_map_address(IDENTITY_MAP))?;
         named("KVM_SET_TSS_ADDR", vm.set_tss_address(TSS))?;
         set_ram(&vm, ram, ram.size())?;

@@ -24,7 +24,7 @@ use super::monitor::{self, Descriptor, FRAME, FRAME_WORDS, Frame};
 use super::reflect::Reflect;
 use super::tables::Pool;
 use crate::kvm::nested_paging;
-use crate::kvm::{fpu, interrupt, signal};
+use crate::kvm::{create_vm, fpu, interrupt, signal};
 use crate::shared::SharedMap;
 use crate::world::WorldError;
 
@@ -111,7 +111,7 @@ impl Machine {
         if !nested_paging() {
             return Err(lacks("/dev/kvm", "the kvm module runs without nested paging (EPT or NPT)"));
         }
-        let vm = kvm.create_vm().map_err(failed("making a virtual machine"))?;
+        let vm = create_vm(&kvm).map_err(failed("making a virtual machine"))?;
         let code_flags = if kvm.check_extension(Cap::ReadonlyMem) { KVM_MEM_READONLY } else { 0 };
         for (slot, (map, at, flags)) in
             (0..).zip([(pool.map(), 0, 0), (&**code, CODE_AT, code_flags), (&**ram, RAM_AT, 0)])
