@@ -28,7 +28,8 @@ const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
 const PR_SYS_DISPATCH_ON: u64 = 1;
 /// How late a sleep may end, ns: by default it is 50 us, which would be a guest's tick's.
 const TIMER_SLACK: u64 = 1000;
-const ARCH_CPUID_SET: u64 = 0x1012;
+/// `arch_prctl`: CPUID executes (1) or raises #GP (0) in the calling thread.
+pub(super) const ARCH_CPUID_SET: u64 = 0x1012;
 
 /// Runs before `main` of every program that links this crate.
 #[used]

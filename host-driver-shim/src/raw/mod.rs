@@ -10,6 +10,7 @@
 //! RAM, lie to the monitor in the arena, end itself.
 
 mod arena;
+mod cpuid_faults;
 mod entry;
 mod fill;
 mod init;
@@ -39,6 +40,7 @@ use crate::world::{
 };
 use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
+pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
 use spawn::{Keeper, Objects, Process, futex_wait, futex_wake};
 

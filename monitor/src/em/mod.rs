@@ -28,6 +28,7 @@ use crate::trpm;
 use attention::{Attention, Request};
 use csam::GuestLin;
 use engine::{EngineError, EngineKind, Engines, MAX_NOTES, Next};
+use host_driver_shim::raw::CpuidFaults;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::Guard;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
@@ -136,6 +137,7 @@ pub struct Em {
     stop: Option<Stop>,
     stopped: bool,
     placement: Option<Placement>,
+    cpuid_faults: Option<CpuidFaults>,
     /// The follower, if every step is done again by the interpreter.
     pub lockstep: Option<Lockstep>,
     /// Instructions interpreted when the follower was last compared.
@@ -176,15 +178,20 @@ impl Em {
             stop: None,
             stopped: false,
             placement: None,
+            cpuid_faults: None,
             lockstep: None,
             compared_at: 0,
         })
     }
 
-    /// Binds the calling thread, which is to be the EMT, to the CPU of the worlds.
+    /// Makes the calling thread the EMT: binds it to the CPU of the worlds, and makes it like them in what the host would
+    /// otherwise change at each hand-over.
     pub fn settle(&mut self, placement: Placement) -> std::io::Result<()> {
         placement.bind()?;
         self.placement = Some(placement);
+        if self.engines.kinds().any(|kind| kind == EngineKind::Raw) {
+            self.cpuid_faults = CpuidFaults::begin()?;
+        }
         Ok(())
     }
 
