@@ -3,7 +3,7 @@
 //! The shadow is a virtual TLB. It is filled by faults, and a flush by the guest drops exactly the entries whose guest
 //! table no longer says what was used at the fill (frame changed, or P, R/W, U/S or D went away).
 
-use super::walk::{Leaf, PhysMemory, peek};
+use super::walk::{Leaf, PhysMemory, Upper};
 use crate::cpum::CpuState;
 use csam::GuestLin;
 use std::collections::HashMap;
@@ -77,27 +77,31 @@ struct Region {
     entries: [Entry; 512],
     /// Which of them are mapped, a bit each.
     mapped: [u64; 8],
+    /// Which of those are not global.
+    local: [u64; 8],
     count: u16,
-    non_global: u16,
     large: u16,
 }
 
-impl Region {
-    /// Numbers of the mapped entries, ascending, as they are when asked.
-    fn mapped(&self) -> impl Iterator<Item = u32> + use<> {
-        self.mapped.into_iter().enumerate().flat_map(|(word, mut bits)| {
-            std::iter::from_fn(move || {
-                let bit = (bits != 0).then(|| bits.trailing_zeros())?;
-                bits &= bits - 1;
-                Some(word as u32 * 64 + bit)
-            })
+/// The numbers of the bits set, ascending, as they are when asked.
+fn numbers(bits: [u64; 8]) -> impl Iterator<Item = u32> {
+    bits.into_iter().enumerate().flat_map(|(word, mut bits)| {
+        std::iter::from_fn(move || {
+            let bit = (bits != 0).then(|| bits.trailing_zeros())?;
+            bits &= bits - 1;
+            Some(word as u32 * 64 + bit)
         })
-    }
+    })
+}
 
-    fn mark(&mut self, index: u32, mapped: bool) {
+impl Region {
+    /// Notes that an entry is mapped or not, global or not.
+    fn mark(&mut self, index: u32, mapped: bool, global: bool) {
         let bit = 1u64 << (index & 63);
-        let word = &mut self.mapped[(index >> 6) as usize & 7];
-        if mapped { *word |= bit } else { *word &= !bit }
+        for (words, on) in [(&mut self.mapped, mapped), (&mut self.local, mapped && !global)] {
+            let word = &mut words[(index >> 6) as usize & 7];
+            if on { *word |= bit } else { *word &= !bit }
+        }
     }
 
     /// If all that is mapped comes from one large page: the first mapped page, with the rights any of them was filled
@@ -177,15 +181,14 @@ impl Shadow {
             Box::new(Region {
                 entries: [Entry::default(); 512],
                 mapped: [0; 8],
+                local: [0; 8],
                 count: 0,
-                non_global: 0,
                 large: 0,
             })
         });
         region.entries[(lin.0 >> 12 & 511) as usize] = entry;
-        region.mark(lin.0 >> 12 & 511, true);
+        region.mark(lin.0 >> 12 & 511, true, entry.global());
         region.count += 1;
-        region.non_global += u16::from(!entry.global());
         region.large += u16::from(entry.large());
         self.count += 1;
         self.small += usize::from(!entry.large());
@@ -237,9 +240,8 @@ impl Shadow {
         if !old.mapped() {
             return false;
         }
-        region.mark(lin.0 >> 12 & 511, false);
+        region.mark(lin.0 >> 12 & 511, false, false);
         region.count -= 1;
-        region.non_global -= u16::from(!old.global());
         region.large -= u16::from(old.large());
         self.count -= 1;
         self.small -= usize::from(!old.large());
@@ -304,37 +306,39 @@ impl Shadow {
                 self.regions[index as usize] = None;
                 return false;
             }
-            if scope == Scope::NonGlobal && region.non_global == 0 {
+            let concerned = match scope {
+                Scope::NonGlobal => region.local,
+                Scope::All => region.mapped,
+            };
+            if concerned == [0; 8] {
                 return true;
             }
             let base = u32::from(index) << 21;
+            let upper = Upper::read(mem, cpu, GuestLin(base));
             // A whole region filled from one large page is still good if all of it together is.
             if let Some((i, e)) = region.as_one()
-                && peek(mem, cpu, GuestLin(base | i << 12))
+                && upper
+                    .peek(mem, cpu, GuestLin(base | i << 12))
                     .is_some_and(|l| l.shift > 12 && e.still_good(&l) && (e.global() || !l.global))
             {
                 return true;
             }
             let mut run: Option<(u32, u32)> = None;
-            for i in region.mapped() {
+            for i in numbers(concerned) {
                 let e = region.entries[i as usize];
-                if scope == Scope::NonGlobal && e.global() {
-                    continue;
-                }
                 let at = base | i << 12;
-                let leaf = peek(mem, cpu, GuestLin(at));
+                let leaf = upper.peek(mem, cpu, GuestLin(at));
                 match leaf.filter(|l| e.still_good(l)) {
                     // Filled before the guest made it global: from here on CR3 loads need not look at it.
                     Some(l) if l.global && !e.global() => {
                         region.entries[i as usize] = Entry(e.0 | Entry::G);
-                        region.non_global -= 1;
+                        region.mark(i, true, true);
                     }
                     Some(_) => {}
                     None => {
                         region.entries[i as usize] = Entry::default();
-                        region.mark(i, false);
+                        region.mark(i, false, false);
                         region.count -= 1;
-                        region.non_global -= u16::from(!e.global());
                         region.large -= u16::from(e.large());
                         self.count -= 1;
                         self.small -= usize::from(!e.large());

@@ -93,101 +93,146 @@ struct Path {
     entry: Option<Entry>,
 }
 
+#[derive(Clone, Copy)]
 enum Miss {
     NotPresent,
     Reserved,
 }
 
-fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Path, Miss> {
-    // `rights`: R/W and U/S of all levels; `own`: D and G of the leaf's entry.
-    let leaf = |frame: u64, rights: u32, own: u32, no_execute: bool, shift: u8| Leaf {
-        frame: GuestPhys(frame),
-        writable: rights & RW != 0,
-        user: rights & US != 0,
-        no_execute,
-        dirty: own & D != 0,
-        global: cpu.cr4 & cr4::PGE != 0 && own & G != 0,
-        shift,
-    };
-    if !cpu.paging() {
-        let leaf = Leaf {
-            frame: GuestPhys(u64::from(lin.0 & !0xfff)),
-            writable: true,
-            user: true,
-            no_execute: false,
-            dirty: true,
-            global: false,
-            shift: 32,
-        };
-        return Ok(Path { leaf, parent: None, entry: None });
+/// What is above the leaf entries of one 2 MiB of addresses, of which it is the same everywhere.
+pub struct Upper(Result<Level, Miss>);
+
+enum Level {
+    /// Paging is off.
+    Identity,
+    /// The leaf is this entry.
+    Large(Entry),
+    /// The leaves are in the table this entry names.
+    Table(Entry),
+}
+
+/// One entry of PAE's tables.
+fn read_pae<M: PhysMemory + ?Sized>(mem: &M, base: u64, index: u32) -> Entry {
+    let at = GuestPhys(base.wrapping_add(u64::from(index) * 8));
+    Entry { at, low: mem.read_u32(at), high: mem.read_u32(GuestPhys(at.0 + 4)) }
+}
+
+/// One entry of tables without PAE.
+fn read_short<M: PhysMemory + ?Sized>(mem: &M, base: u32, index: u32) -> Entry {
+    let at = GuestPhys(u64::from(base) + u64::from(index) * 4);
+    Entry { at, low: mem.read_u32(at), high: 0 }
+}
+
+/// Present and well-formed.
+fn check_pae(cpu: &CpuState, e: &Entry) -> Result<(), Miss> {
+    if e.low & P == 0 {
+        return Err(Miss::NotPresent);
     }
-    if cpu.cr4 & cr4::PAE != 0 {
-        let nxe = cpu.msr.efer & efer::NXE != 0;
-        let pdpte = cpu.pdpte[(lin.0 >> 30) as usize];
-        if pdpte & 1 == 0 {
-            return Err(Miss::NotPresent);
+    // Bits 62:36 are reserved (MAXPHYADDR is reported as 36), and NX is where EFER.NXE is clear.
+    let reserved = if cpu.msr.efer & efer::NXE != 0 { 0x7fff_fff0 } else { 0xffff_fff0 };
+    if e.high & reserved != 0 { Err(Miss::Reserved) } else { Ok(()) }
+}
+
+fn frame_pae(e: &Entry) -> u64 {
+    (u64::from(e.high & 0xf) << 32) | u64::from(e.low & !0xfff)
+}
+
+impl Upper {
+    /// For the 2 MiB `lin` lies in.
+    pub fn read<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Upper {
+        Upper(Upper::level(mem, cpu, lin))
+    }
+
+    fn level<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Level, Miss> {
+        if !cpu.paging() {
+            return Ok(Level::Identity);
         }
-        let read = |base: u64, index: u32| -> Entry {
-            let at = GuestPhys(base.wrapping_add(u64::from(index) * 8));
-            Entry { at, low: mem.read_u32(at), high: mem.read_u32(GuestPhys(at.0 + 4)) }
-        };
-        let check = |e: &Entry| -> Result<(), Miss> {
-            if e.low & P == 0 {
+        if cpu.cr4 & cr4::PAE != 0 {
+            let pdpte = cpu.pdpte[(lin.0 >> 30) as usize];
+            if pdpte & 1 == 0 {
                 return Err(Miss::NotPresent);
             }
-            // Bits 62:36 are reserved (MAXPHYADDR is reported as 36), and NX is where EFER.NXE is clear.
-            let reserved = if nxe { 0x7fff_fff0 } else { 0xffff_fff0 };
-            if e.high & reserved != 0 { Err(Miss::Reserved) } else { Ok(()) }
-        };
-        let frame = |e: &Entry| (u64::from(e.high & 0xf) << 32) | u64::from(e.low & !0xfff);
-        let pde = read(pdpte & 0x000f_ffff_ffff_f000, (lin.0 >> 21) & 0x1ff);
-        check(&pde)?;
-        let mut nx = pde.high >> 31 != 0;
-        if pde.low & PS != 0 {
-            if pde.low & 0x001f_e000 != 0 {
-                return Err(Miss::Reserved);
+            let pde = read_pae(mem, pdpte & 0x000f_ffff_ffff_f000, (lin.0 >> 21) & 0x1ff);
+            check_pae(cpu, &pde)?;
+            if pde.low & PS == 0 {
+                return Ok(Level::Table(pde));
             }
-            let base = frame(&pde) & !0x1f_ffff;
-            let leaf = leaf(base | u64::from(lin.0 & 0x001f_f000), pde.low, pde.low, nx, 21);
-            return Ok(Path { leaf, parent: None, entry: Some(pde) });
+            return if pde.low & 0x001f_e000 != 0 { Err(Miss::Reserved) } else { Ok(Level::Large(pde)) };
         }
-        let pte = read(frame(&pde), (lin.0 >> 12) & 0x1ff);
-        check(&pte)?;
-        nx |= pte.high >> 31 != 0;
-        let both = pde.low & pte.low;
-        let leaf = leaf(frame(&pte), both, pte.low, nx, 12);
-        return Ok(Path { leaf, parent: Some(pde), entry: Some(pte) });
-    }
-    let read = |base: u32, index: u32| -> Entry {
-        let at = GuestPhys(u64::from(base) + u64::from(index) * 4);
-        Entry { at, low: mem.read_u32(at), high: 0 }
-    };
-    let pde = read(cpu.cr3 & !0xfff, lin.0 >> 22);
-    if pde.low & P == 0 {
-        return Err(Miss::NotPresent);
-    }
-    if pde.low & PS != 0 && cpu.cr4 & cr4::PSE != 0 {
+        let pde = read_short(mem, cpu.cr3 & !0xfff, lin.0 >> 22);
+        if pde.low & P == 0 {
+            return Err(Miss::NotPresent);
+        }
+        if pde.low & PS == 0 || cpu.cr4 & cr4::PSE == 0 {
+            return Ok(Level::Table(pde));
+        }
         // PSE-36: bits 20:13 are address bits 39:32, of which 35:32 exist; bit 21 is reserved.
-        if pde.low & 0x003e_0000 != 0 {
-            return Err(Miss::Reserved);
+        if pde.low & 0x003e_0000 != 0 { Err(Miss::Reserved) } else { Ok(Level::Large(pde)) }
+    }
+
+    fn path<M: PhysMemory + ?Sized>(&self, mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Path, Miss> {
+        // `rights`: R/W and U/S of all levels; `own`: D and G of the leaf's entry.
+        let leaf = |frame: u64, rights: u32, own: u32, no_execute: bool, shift: u8| Leaf {
+            frame: GuestPhys(frame),
+            writable: rights & RW != 0,
+            user: rights & US != 0,
+            no_execute,
+            dirty: own & D != 0,
+            global: cpu.cr4 & cr4::PGE != 0 && own & G != 0,
+            shift,
+        };
+        let pae = cpu.cr4 & cr4::PAE != 0;
+        match self.0.as_ref().map_err(|miss| *miss)? {
+            Level::Identity => {
+                let leaf = Leaf {
+                    frame: GuestPhys(u64::from(lin.0 & !0xfff)),
+                    writable: true,
+                    user: true,
+                    no_execute: false,
+                    dirty: true,
+                    global: false,
+                    shift: 32,
+                };
+                Ok(Path { leaf, parent: None, entry: None })
+            }
+            Level::Large(pde) if pae => {
+                let base = frame_pae(pde) & !0x1f_ffff;
+                let frame = base | u64::from(lin.0 & 0x001f_f000);
+                let leaf = leaf(frame, pde.low, pde.low, pde.high >> 31 != 0, 21);
+                Ok(Path { leaf, parent: None, entry: Some(*pde) })
+            }
+            Level::Large(pde) => {
+                let high = u64::from((pde.low >> 13) & 0xf) << 32;
+                let frame = high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin.0 & 0x003f_f000);
+                let leaf = leaf(frame, pde.low, pde.low, false, 22);
+                Ok(Path { leaf, parent: None, entry: Some(*pde) })
+            }
+            Level::Table(pde) if pae => {
+                let pte = read_pae(mem, frame_pae(pde), (lin.0 >> 12) & 0x1ff);
+                check_pae(cpu, &pte)?;
+                let no_execute = (pde.high | pte.high) >> 31 != 0;
+                let leaf = leaf(frame_pae(&pte), pde.low & pte.low, pte.low, no_execute, 12);
+                Ok(Path { leaf, parent: Some(*pde), entry: Some(pte) })
+            }
+            Level::Table(pde) => {
+                let pte = read_short(mem, pde.low & !0xfff, (lin.0 >> 12) & 0x3ff);
+                if pte.low & P == 0 {
+                    return Err(Miss::NotPresent);
+                }
+                let leaf = leaf(u64::from(pte.low & !0xfff), pde.low & pte.low, pte.low, false, 12);
+                Ok(Path { leaf, parent: Some(*pde), entry: Some(pte) })
+            }
         }
-        let high = u64::from((pde.low >> 13) & 0xf) << 32;
-        let leaf = leaf(
-            high | u64::from(pde.low & 0xffc0_0000) | u64::from(lin.0 & 0x003f_f000),
-            pde.low,
-            pde.low,
-            false,
-            22,
-        );
-        return Ok(Path { leaf, parent: None, entry: Some(pde) });
     }
-    let pte = read(pde.low & !0xfff, (lin.0 >> 12) & 0x3ff);
-    if pte.low & P == 0 {
-        return Err(Miss::NotPresent);
+
+    /// [`peek`] for a page of the 2 MiB this was read for.
+    pub fn peek<M: PhysMemory + ?Sized>(&self, mem: &M, cpu: &CpuState, lin: GuestLin) -> Option<Leaf> {
+        self.path(mem, cpu, lin).ok().map(|p| p.leaf)
     }
-    let both = pde.low & pte.low;
-    let leaf = leaf(u64::from(pte.low & !0xfff), both, pte.low, false, 12);
-    Ok(Path { leaf, parent: Some(pde), entry: Some(pte) })
+}
+
+fn path<M: PhysMemory + ?Sized>(mem: &M, cpu: &CpuState, lin: GuestLin) -> Result<Path, Miss> {
+    Upper::read(mem, cpu, lin).path(mem, cpu, lin)
 }
 
 /// What the tables say about `lin`, without touching A or D. None: not present (or malformed).

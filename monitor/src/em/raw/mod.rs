@@ -336,7 +336,7 @@ impl RawEngine {
         let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Strict } else { isolation };
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
         let mut descriptors = Descriptors::new(rules);
-        descriptors.limit_code = isolation == Isolation::LimitsCode;
+        descriptors.limit_code(isolation == Isolation::LimitsCode);
         let mut engine = RawEngine {
             host,
             code,

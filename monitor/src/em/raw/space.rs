@@ -87,11 +87,26 @@ fn limit_before_hole(seg: &Segment, hole: u32) -> Option<u32> {
 pub struct Descriptors {
     rules: SegmentRules,
     /// Code segments of ring 3 in joint worlds end below the guest kernel, too.
-    pub limit_code: bool,
+    limit_code: bool,
     slots: HashMap<HostSegment, u16>,
     contents: Vec<HostSegment>,
+    /// Answers of [`Descriptors::selector`], which is asked the same up to eighteen times a run.
+    recent: [Option<Answer>; RECENT],
     /// Counts how often the numbering was started afresh; selectors of an older one are void.
     pub generation: u32,
+}
+
+/// How many answers are remembered; a power of two.
+const RECENT: usize = 64;
+
+/// A question to [`Descriptors::selector`] and its answer.
+#[derive(Clone, Copy)]
+struct Answer {
+    segment: Segment,
+    is_cs: bool,
+    delta: u32,
+    whose: For,
+    selector: u16,
 }
 
 impl Default for Descriptors {
@@ -104,13 +119,27 @@ impl Descriptors {
     /// None yet, for worlds with these rules.
     #[must_use]
     pub fn new(rules: SegmentRules) -> Descriptors {
-        Descriptors { rules, limit_code: false, slots: HashMap::new(), contents: Vec::new(), generation: 0 }
+        Descriptors {
+            rules,
+            limit_code: false,
+            slots: HashMap::new(),
+            contents: Vec::new(),
+            recent: [None; RECENT],
+            generation: 0,
+        }
+    }
+
+    /// Decides whether code segments of ring 3 in joint worlds end below the guest kernel, too; at first they do not.
+    pub fn limit_code(&mut self, limited: bool) {
+        self.limit_code = limited;
+        self.recent = [None; RECENT];
     }
 
     /// Starts the numbering afresh.
     pub fn restart(&mut self) {
         self.slots.clear();
         self.contents.clear();
+        self.recent = [None; RECENT];
         self.generation += 1;
     }
 
@@ -154,6 +183,19 @@ impl Descriptors {
         if !seg.present() {
             return 0;
         }
+        let ring3 = usize::from(whose != For::Ring0);
+        let place = (usize::from(seg.selector >> 3) << 1 | ring3) & (RECENT - 1);
+        if let Some(known) = &self.recent[place]
+            && (known.segment, known.is_cs, known.delta, known.whose) == (*seg, is_cs, layout.delta, whose)
+        {
+            return known.selector;
+        }
+        let selector = self.work_out(seg, is_cs, layout, whose);
+        self.recent[place] = Some(Answer { segment: *seg, is_cs, delta: layout.delta, whose, selector });
+        selector
+    }
+
+    fn work_out(&mut self, seg: &Segment, is_cs: bool, layout: &Layout, whose: For) -> u16 {
         let rules = self.rules;
         let (ring, flat_code) = match whose {
             For::Ring0 => (rules.ring0, rules.code_ring0),
@@ -549,7 +591,7 @@ mod tests {
         };
         assert_eq!(limit(&mut d, 0, false), (true, 0xb_ffff));
         assert_eq!(limit(&mut d, 0, true), (true, 0xf_ffff), "a limit makes code slower");
-        d.limit_code = true;
+        d.limit_code(true);
         assert_eq!(limit(&mut d, 0, true), (true, 0xb_ffff));
         let user = d.selector(&segment(0), true, &layout, For::Ring3 { below: Some(0xc000_0000) });
         assert_ne!(user, d.code_ring0());
