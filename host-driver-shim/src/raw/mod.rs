@@ -133,6 +133,7 @@ impl RawEngine {
         };
         let process = engine.keeper.spawn(arena, objects).map_err(host("spawning a world"))?;
         let mut world = RawWorld {
+            kicker: Arc::new(RawKicker(Arc::clone(&process))),
             process,
             engine: Arc::clone(engine),
             commands: Vec::with_capacity(COMMANDS),
@@ -172,6 +173,7 @@ enum FxState {
 #[derive(Debug)]
 pub struct RawWorld {
     process: Arc<Process>,
+    kicker: Arc<RawKicker>,
     engine: Arc<Engine>,
     /// Queued, carried out at the next start.
     commands: Vec<Command>,
@@ -247,9 +249,7 @@ impl RawWorld {
                 // Not the keeper's DEAD (it sets `dead` first), so the world wrote it; waiting would not sleep.
                 return Err(self.misbehaved());
             }
-            let before = Instant::now();
-            futex_wait(word, turn::WORLD, &TICK);
-            if before.elapsed() < Duration::from_millis(90) {
+            if futex_wait(word, turn::WORLD, &TICK) {
                 continue;
             }
             unanswered = if self.process.kicked.load(Ordering::SeqCst) { unanswered + 1 } else { 0 };
@@ -544,7 +544,7 @@ impl World for RawWorld {
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {
-        Arc::new(RawKicker(Arc::clone(&self.process)))
+        self.kicker.clone()
     }
 }
 
@@ -556,6 +556,7 @@ impl Drop for RawWorld {
 }
 
 /// Interrupts one world.
+#[derive(Debug)]
 struct RawKicker(Arc<Process>);
 
 impl Kicker for RawKicker {

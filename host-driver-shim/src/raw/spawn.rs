@@ -115,10 +115,13 @@ pub(crate) fn futex_wake(word: &std::sync::atomic::AtomicU32) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) };
 }
 
-/// Waits while the word holds `value`, at most this long, and not after an interruption.
-pub(crate) fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeout: &libc::timespec) {
+/// Waits while the word holds `value`, at most this long, and not after an interruption. False: the time is over.
+pub(crate) fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeout: &libc::timespec) -> bool {
     // SAFETY: the kernel reads a live word and `timeout`.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const *timeout) };
+    let r = unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const *timeout)
+    };
+    r == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ETIMEDOUT)
 }
 
 /// Descriptors of the memory objects a world gets.
