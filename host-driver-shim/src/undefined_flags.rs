@@ -33,11 +33,33 @@ impl Effect {
     }
 }
 
+/// What OF says after a shift, double shift or rotate by more than 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Overflow {
+    /// What it would if the last step had been the only one: computed of the result (AMD).
+    #[default]
+    LastStep,
+    /// What it would after the first step: computed of the operand. Rotates through CF by a multiple of their width keep it
+    /// (Intel).
+    FirstStep,
+}
+
+impl Overflow {
+    /// From EFLAGS after 7 was rotated to the right by 3: the first step makes the sign another one, the last does not.
+    fn seen(eflags: u64) -> Overflow {
+        if eflags & OF != 0 { Overflow::FirstStep } else { Overflow::LastStep }
+    }
+}
+
 /// This CPU's habits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct UndefinedFlags {
     /// Shifts and double shifts by other counts than 0: AF.
     pub shift: Effect,
+    /// The same and rotates, by other counts than 1: OF.
+    pub overflow: Overflow,
+    /// `rol` and `ror` of a register by a constant other than 1 keep OF.
+    pub constant_rotates_keep_overflow: bool,
     /// `mul` and `imul`: SF, ZF, AF, PF.
     pub multiply: Effect,
     /// `div` and `idiv`: all.
@@ -73,6 +95,9 @@ fn measure() -> UndefinedFlags {
     let has = |feature: bool, effect: Effect| if feature { effect } else { Effect::default() };
     UndefinedFlags {
         shift: effect!(AF, "shl eax, 5"),
+        overflow: Overflow::seen(flags_after!(0, "ror eax, cl")),
+        constant_rotates_keep_overflow: flags_after!(0, "ror eax, 3") & OF == 0
+            && flags_after!(ALL, "ror eax, 3") & OF != 0,
         multiply: effect!(SF | ZF | AF | PF, "mul ecx"),
         divide: effect!(ALL, "div ecx"),
         scan: effect!(ALL & !ZF, "bsf eax, ecx"),

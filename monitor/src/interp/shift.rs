@@ -3,7 +3,8 @@
 use super::alu::zsp;
 use super::{Exec, Flow, Res, mask, sext, sign};
 use crate::cpum::eflags;
-use host_driver_shim::undefined_flags;
+use host_driver_shim::undefined_flags::{self, Overflow};
+use iced_x86::OpKind;
 
 /// Which shift.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,10 +63,22 @@ impl Exec<'_> {
         };
         let r = r & mask(size);
         self.put(0, r)?;
-        // OF is defined for counts of 1 only; AMD's CPUs use the same formula for the others.
-        let of = match op {
-            Shift::Rol | Shift::Rcl | Shift::Shl => msb(r) != cf,
-            Shift::Ror | Shift::Rcr | Shift::Shr | Shift::Sar => msb(r) != msb(r << 1),
+        // OF is defined for counts of 1 only, where all of these are the same.
+        let host = undefined_flags::host();
+        let by_constant =
+            (self.i.op0_kind(), self.i.op1_kind()) == (OpKind::Register, OpKind::Immediate8) && count != 1;
+        let of = match (host.overflow, op) {
+            (_, Shift::Rol | Shift::Ror) if by_constant && host.constant_rotates_keep_overflow => {
+                self.flag(eflags::OF)
+            }
+            (Overflow::LastStep, Shift::Rol | Shift::Rcl | Shift::Shl) => msb(r) != cf,
+            (Overflow::LastStep, _) => msb(r) != msb(r << 1),
+            (_, Shift::Rcl | Shift::Rcr) if count.is_multiple_of(bits + 1) => self.flag(eflags::OF),
+            (_, Shift::Rol | Shift::Rcl | Shift::Shl) => msb(a) != msb(a << 1),
+            (_, Shift::Ror) => msb(a) != (a & 1 != 0),
+            (_, Shift::Rcr) => msb(a) != old_cf,
+            (_, Shift::Shr) => msb(a),
+            (_, Shift::Sar) => false,
         };
         if matches!(op, Shift::Shl | Shift::Shr | Shift::Sar) {
             self.set_shift_flags(r, size);
@@ -99,10 +112,15 @@ impl Exec<'_> {
         self.put(0, r)?;
         self.set_shift_flags(r, size);
         self.set_flag(eflags::CF, cf);
-        // Defined for a count of 1, where it says that the sign has changed; this is the same then, and what AMD's CPUs
-        // do for the others.
+        // Defined for a count of 1, where it says that the sign has changed, and both are the same.
         let msb = |v: u32| v & sign(size) != 0;
-        self.set_flag(eflags::OF, if left { msb(r) != cf } else { msb(r) != msb(r << 1) });
+        let of = match (undefined_flags::host().overflow, left) {
+            (Overflow::LastStep, true) => msb(r) != cf,
+            (Overflow::LastStep, false) => msb(r) != msb(r << 1),
+            (Overflow::FirstStep, true) => msb(a) != msb(a << 1),
+            (Overflow::FirstStep, false) => msb(a) != (b & 1 != 0),
+        };
+        self.set_flag(eflags::OF, of);
         Ok(Flow::Next)
     }
 
