@@ -188,6 +188,9 @@ pub struct RawWorld {
 }
 
 impl RawWorld {
+    /// Descriptors this process has open for each: its arena's and its process's.
+    pub const FILES: usize = 2;
+
     /// The world's process id.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -61,14 +61,13 @@ impl RawEngine {
                     }
                 }
                 PagingChange::Cr3 => {
-                    for space in self.spaces() {
-                        let concerned = match space.role {
-                            Role::Supervisor => true,
-                            Role::Joint { cr3 } | Role::User { cr3 } => cr3 == cpu.cr3,
-                        };
-                        if concerned && space.pending_sync.is_none() {
-                            space.pending_sync = Some(Scope::NonGlobal);
-                        }
+                    let joint = self.known_joint_space(cpu.cr3);
+                    let ring0 = (self.kernels[0].role == Role::Supervisor).then_some(0);
+                    let user = Role::User { cr3: cpu.cr3 };
+                    let kernels = [joint, ring0].into_iter().flatten().map(Place::Kernel);
+                    let users = self.users.iter().position(|s| s.role == user).map(Place::User);
+                    for place in kernels.chain(users).collect::<Vec<_>>() {
+                        self.space(place).pending_sync.get_or_insert(Scope::NonGlobal);
                     }
                 }
                 PagingChange::Page(lin) => {

@@ -29,8 +29,14 @@ pub enum Isolation {
     Strict,
 }
 
-/// Address spaces that have a joint world.
-const MAX_JOINT_SPACES: usize = 16;
+/// Address spaces that have a joint world as soon as they are used.
+pub(super) const FEW_JOINT_SPACES: usize = 16;
+/// Address spaces that have one at the most. Each costs the host a process and some 900 KiB.
+pub(super) const MAX_JOINT_SPACES: usize = 512;
+/// Worlds that count as used of late.
+const LATELY: usize = 8;
+/// Of so many address spaces that had a joint world is known that they lost it.
+const MAX_EVICTED: usize = 1024;
 /// The boundary is a multiple of this.
 const BOUNDARY_STEP: u32 = 256 << 20;
 /// Guest kernels whose page-fault handler is lower are not told from their users by limits.
@@ -107,23 +113,19 @@ impl RawEngine {
     /// The world of all rings for the CPU's address space.
     fn joint_space(&mut self, cpu: &CpuState) -> Result<usize, RawError> {
         let role = Role::Joint { cr3: cpu.cr3 };
-        let known = self.kernels.iter().position(|s| s.role == role);
-        let i = match known {
+        let i = match self.known_joint_space(cpu.cr3) {
             Some(i) => i,
             None => {
                 let i = if self.kernels[0].role == Role::Supervisor {
                     0
-                } else if self.kernels.len() < MAX_JOINT_SPACES {
-                    self.kernels.push(Space::new(self.host.spawn()?, role));
-                    let i = self.kernels.len() - 1;
-                    self.furnish(i)?;
-                    let latest = (0..i).max_by_key(|&i| self.kernels[i].last_used).unwrap_or(0);
-                    self.show_known_code(i, latest)?;
-                    self.kernels[i].cache = self.kernels[latest].cache.for_new_world();
-                    i
                 } else {
-                    (0..self.kernels.len()).min_by_key(|&i| self.kernels[i].last_used).unwrap_or(0)
+                    let returns = self.evicted.iter().any(|cr3| *cr3 == cpu.cr3);
+                    match self.new_joint_space(role, returns)? {
+                        Some(new) => new,
+                        None => self.evict(returns),
+                    }
                 };
+                self.joint_of.insert(cpu.cr3, i);
                 let space = &mut self.kernels[i];
                 space.role = role;
                 space.published = None;
@@ -135,6 +137,54 @@ impl RawEngine {
         };
         self.kernels[i].last_used = self.clock;
         Ok(i)
+    }
+
+    /// The joint world an address space has.
+    pub(super) fn known_joint_space(&self, cr3: u32) -> Option<usize> {
+        let i = *self.joint_of.get(&cr3)?;
+        self.kernels.get(i).is_some_and(|space| space.role == Role::Joint { cr3 }).then_some(i)
+    }
+
+    /// One more joint world, if there are few or the address space `returns` after it lost its own: then there are more address
+    /// spaces in use than worlds. None: there are enough, or the host gives no more.
+    fn new_joint_space(&mut self, role: Role, returns: bool) -> Result<Option<usize>, RawError> {
+        let i = self.kernels.len();
+        if i >= if returns { self.most_worlds } else { FEW_JOINT_SPACES.min(self.most_worlds) } {
+            return Ok(None);
+        }
+        let world = match self.host.spawn() {
+            Ok(world) => world,
+            Err(e) => {
+                log::warn!("no more than {i} worlds: {e}");
+                self.most_worlds = i;
+                return Ok(None);
+            }
+        };
+        self.kernels.push(Space::new(world, role));
+        self.furnish(i)?;
+        let latest = (0..i).max_by_key(|&i| self.kernels[i].last_used).unwrap_or(0);
+        self.show_known_code(i, latest)?;
+        self.kernels[i].cache = self.kernels[latest].cache.for_new_world();
+        Ok(Some(i))
+    }
+
+    /// Takes an address space its joint world: the one not used for longest. If an address space comes that `returns`, there are
+    /// more in use than worlds, and then that one is always the next to be used: one of those used of late goes, whose tables are
+    /// still in the host's caches, but not the last, which is perhaps between any two others.
+    fn evict(&mut self, returns: bool) -> usize {
+        let mut order: Vec<usize> = (0..self.kernels.len()).collect();
+        order.sort_unstable_by_key(|&i| std::cmp::Reverse(self.kernels[i].last_used));
+        let place = if returns { 1 + self.clock as usize % LATELY } else { usize::MAX };
+        let i = order[place.min(order.len() - 1)];
+        if let Role::Joint { cr3 } = self.kernels[i].role {
+            self.joint_of.remove(&cr3);
+            self.evicted.retain(|other| *other != cr3);
+            if self.evicted.len() >= MAX_EVICTED {
+                self.evicted.pop_front();
+            }
+            self.evicted.push_back(cr3);
+        }
+        i
     }
 
     /// Maps into a new world the copies of kernel code the world used last has.
@@ -221,5 +271,78 @@ impl RawEngine {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host_driver_shim::fake::FakeWorld;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A host that makes so many worlds.
+    struct Host(AtomicUsize);
+
+    impl Worlds for Host {
+        fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+            let left = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+            left.map_err(|_| WorldError::Died("no more".into()))?;
+            Ok(Box::new(FakeWorld::new()))
+        }
+        fn set_cpu(&self, _: usize) {}
+        fn most(&self) -> usize {
+            MAX_JOINT_SPACES
+        }
+    }
+
+    fn engine(worlds: usize) -> RawEngine {
+        let code = CodeMemory::new(1 << 20).unwrap();
+        RawEngine::new(Box::new(Host(AtomicUsize::new(worlds))), code, false, Isolation::Limits).unwrap()
+    }
+
+    /// Address spaces used one after the other; how many of these had a world already.
+    fn round(engine: &mut RawEngine, spaces: u32) -> usize {
+        let mut cpu = CpuState::reset();
+        (1..=spaces)
+            .filter(|n| {
+                cpu.cr3 = n << 12;
+                engine.clock += 1;
+                let known = engine.known_joint_space(cpu.cr3).is_some();
+                let place = engine.joint_space(&cpu).unwrap();
+                assert_eq!(engine.kernels[place].role, Role::Joint { cr3: cpu.cr3 });
+                known
+            })
+            .count()
+    }
+
+    #[test]
+    fn address_spaces_that_do_not_come_back_share_a_few_worlds() {
+        let mut engine = engine(1000);
+        assert_eq!(round(&mut engine, 300), 0);
+        assert_eq!(engine.kernels.len(), FEW_JOINT_SPACES);
+    }
+
+    #[test]
+    fn address_spaces_that_come_back_get_worlds_of_their_own() {
+        let mut engine = engine(1000);
+        round(&mut engine, 100);
+        round(&mut engine, 100);
+        assert_eq!(engine.kernels.len(), 100);
+        assert_eq!(round(&mut engine, 100), 100);
+        // And more than there may be worlds: most of them keep theirs.
+        for _ in 0..3 {
+            round(&mut engine, 600);
+        }
+        assert_eq!(engine.kernels.len(), MAX_JOINT_SPACES);
+        assert!(round(&mut engine, 600) > 400);
+    }
+
+    #[test]
+    fn a_host_that_makes_no_more_worlds_is_asked_no_more() {
+        let mut engine = engine(40);
+        for _ in 0..3 {
+            round(&mut engine, 100);
+        }
+        assert_eq!((engine.kernels.len(), engine.most_worlds), (40, 40));
     }
 }

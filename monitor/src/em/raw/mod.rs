@@ -42,14 +42,21 @@ use host_driver_shim::world::{
 use iced_x86::{Code, Instruction};
 use joint::Boundary;
 pub use joint::Isolation;
+use joint::{FEW_JOINT_SPACES, MAX_JOINT_SPACES};
 use kernel_code::KernelCode;
 use layout::Layout;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
 use space::{Descriptors, For, Role, Space, Whose};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
 
+/// Open files this process asks the host for, if it has less.
+const WANTED_FILES: u64 = 2048;
+/// Of these so many are not for worlds.
+const OTHER_FILES: usize = 256;
 /// Address spaces of guest ring 3 that keep a world of their own.
 const MAX_USER_SPACES: usize = 16;
 /// Linear addresses below this are never mapped (vm.mmap_min_addr of an ordinary account).
@@ -225,6 +232,10 @@ pub trait Worlds {
     fn spawn(&self) -> Result<Box<dyn World>, WorldError>;
     /// Worlds made from here on are bound to this host CPU.
     fn set_cpu(&self, cpu: usize);
+    /// For how many address spaces at most the host is asked for worlds of their own.
+    fn most(&self) -> usize {
+        FEW_JOINT_SPACES
+    }
     /// What runs guest code with them.
     fn kind(&self) -> EngineKind {
         EngineKind::Raw
@@ -246,6 +257,10 @@ impl Worlds for raw::RawEngine {
     fn set_cpu(&self, cpu: usize) {
         raw::RawEngine::set_cpu(self, cpu);
     }
+    fn most(&self) -> usize {
+        let files = raise_file_limit();
+        MAX_JOINT_SPACES.min(files.saturating_sub(OTHER_FILES) / raw::RawWorld::FILES).max(FEW_JOINT_SPACES)
+    }
 }
 
 impl Worlds for Ring1Engine {
@@ -264,6 +279,14 @@ impl Worlds for Ring1Engine {
     }
 }
 
+/// Lets this process have as many open files as it may, and says how many that are.
+fn raise_file_limit() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
+    let wanted = hard.min(WANTED_FILES).max(soft);
+    let have = if setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() { wanted } else { soft };
+    usize::try_from(have).unwrap_or(usize::MAX)
+}
+
 /// All worlds of a guest.
 pub struct RawEngine {
     host: Box<dyn Worlds>,
@@ -275,6 +298,12 @@ pub struct RawEngine {
     isolation: Isolation,
     /// Worlds of guest ring 0, at least one: the only one, or one for each hot CR3.
     kernels: Vec<Space>,
+    /// Which of them is whose joint world, by CR3: an entry counts if that world says so, too.
+    joint_of: HashMap<u32, usize>,
+    /// CR3 of address spaces that had a joint world and lost it, the latest last.
+    evicted: VecDeque<u32>,
+    /// As many joint worlds as there may be.
+    most_worlds: usize,
     /// Worlds of guest ring 3 alone.
     users: Vec<Space>,
     /// What keeps ring 3 from ring 0 in joint worlds, once ring 3 has run.
@@ -335,6 +364,7 @@ impl RawEngine {
         // Ring 0 must not run what is shown to ring 3 as it is: if it does so by limits alone, that is a known gap.
         let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Strict } else { isolation };
         let kernel = Space::new(host.spawn()?, Role::Supervisor);
+        let most_worlds = host.most();
         let mut descriptors = Descriptors::new(rules);
         descriptors.limit_code(isolation == Isolation::LimitsCode);
         let mut engine = RawEngine {
@@ -345,6 +375,9 @@ impl RawEngine {
             code_top: None,
             isolation,
             kernels: vec![kernel],
+            joint_of: HashMap::new(),
+            evicted: VecDeque::new(),
+            most_worlds,
             users: Vec::new(),
             boundary: None,
             descriptors,

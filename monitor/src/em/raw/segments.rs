@@ -434,8 +434,7 @@ impl RawEngine {
         let host_ring3 = self.ring3_selector(&s);
         let [a, b, c, d, e, f, g, h] = bytes;
         let bytes = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])];
-        let role = Role::Joint { cr3: cpu.cr3 };
-        let number = self.kernels.iter().position(|s| s.role == role).unwrap_or(0);
+        let number = self.known_joint_space(cpu.cr3).unwrap_or(0);
         let cache = &mut self.kernels[number].cache;
         if cache.generation == self.descriptors.generation {
             cache.set(index, CachedSegment { segment: s, host, host_ring3, bytes });
