@@ -147,7 +147,8 @@ fn boot_once(config: &RunConfig, image: &Image, attention: &Arc<Attention>, cons
         };
         let devices = Devices::new(DevicesConfig::default());
         let follower = Machine::new(follower, devices, em.m.policy.clone(), Clock::host());
-        em.lockstep = Some(Lockstep::new(em.cpu.clone(), &mut em.m, follower, time, lockstep.limit));
+        let lockstep = Lockstep::new(em.cpu.clone(), &mut em.m, follower, time, lockstep.limit);
+        em.lockstep = Some(Box::new(lockstep));
     }
     // Only now: threads started before this must not share the CPU with a guest that never sleeps.
     if !em.engines.none()

@@ -139,7 +139,7 @@ pub struct Em {
     placement: Option<Placement>,
     cpuid_faults: Option<CpuidFaults>,
     /// The follower, if every step is done again by the interpreter.
-    pub lockstep: Option<Lockstep>,
+    pub lockstep: Option<Box<Lockstep>>,
     /// Instructions interpreted when the follower was last compared.
     compared_at: u64,
 }

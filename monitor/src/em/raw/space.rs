@@ -91,7 +91,7 @@ pub struct Descriptors {
     slots: HashMap<HostSegment, u16>,
     contents: Vec<HostSegment>,
     /// Answers of [`Descriptors::selector`], which is asked the same up to eighteen times a run.
-    recent: [Option<Answer>; RECENT],
+    recent: Vec<Option<Answer>>,
     /// Counts how often the numbering was started afresh; selectors of an older one are void.
     pub generation: u32,
 }
@@ -124,7 +124,7 @@ impl Descriptors {
             limit_code: false,
             slots: HashMap::new(),
             contents: Vec::new(),
-            recent: [None; RECENT],
+            recent: vec![None; RECENT],
             generation: 0,
         }
     }
@@ -132,14 +132,14 @@ impl Descriptors {
     /// Decides whether code segments of ring 3 in joint worlds end below the guest kernel, too; at first they do not.
     pub fn limit_code(&mut self, limited: bool) {
         self.limit_code = limited;
-        self.recent = [None; RECENT];
+        self.recent.fill(None);
     }
 
     /// Starts the numbering afresh.
     pub fn restart(&mut self) {
         self.slots.clear();
         self.contents.clear();
-        self.recent = [None; RECENT];
+        self.recent.fill(None);
         self.generation += 1;
     }
 
