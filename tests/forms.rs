@@ -362,20 +362,11 @@ fn flags_undefined(i: &Instruction) -> u32 {
         (RflagsBits::CF, eflags::CF),
         (RflagsBits::PF, eflags::PF),
     ];
-    let mut undefined = i.rflags_undefined();
-    let shifts = [
-        Mnemonic::Rol,
-        Mnemonic::Ror,
-        Mnemonic::Rcl,
-        Mnemonic::Rcr,
-        Mnemonic::Shl,
-        Mnemonic::Shr,
-        Mnemonic::Sar,
-    ];
-    // The interpreter does what Intel's CPUs do, on one.
-    if undefined_flags::host().overflow == Overflow::FirstStep && shifts.contains(&i.mnemonic()) {
-        undefined &= !RflagsBits::OF;
+    // On an Intel CPU the interpreter knows all there is to know.
+    if undefined_flags::host().overflow == Overflow::FirstStep {
+        return 0;
     }
+    let undefined = i.rflags_undefined();
     table.iter().filter(|(bit, _)| undefined & bit != 0).map(|(_, flag)| flag).sum()
 }
 

@@ -62,10 +62,14 @@ pub struct UndefinedFlags {
     pub constant_rotates_keep_overflow: bool,
     /// `mul` and `imul`: SF, ZF, AF, PF.
     pub multiply: Effect,
+    /// Of these SF and PF tell of the lower half of the product (Intel).
+    pub multiply_tells_product: bool,
     /// `div` and `idiv`: all.
     pub divide: Effect,
     /// `bsf` and `bsr`: all but ZF.
     pub scan: Effect,
+    /// Of these PF tells of the number found, and is set where none was (Intel).
+    pub scan_tells_number: bool,
     /// `lzcnt` and `tzcnt`: all but CF and ZF.
     pub count: Effect,
 }
@@ -99,8 +103,14 @@ fn measure() -> UndefinedFlags {
         constant_rotates_keep_overflow: flags_after!(0, "ror eax, 3") & OF == 0
             && flags_after!(ALL, "ror eax, 3") & OF != 0,
         multiply: effect!(SF | ZF | AF | PF, "mul ecx"),
+        // 21: positive, an odd number of ones; -6: negative, an even number in the low byte.
+        multiply_tells_product: flags_after!(ALL, "mul ecx") & (SF | PF) == 0
+            && flags_after!(0, "imul eax, ecx, -2") & (SF | PF) == SF | PF,
         divide: effect!(ALL, "div ecx"),
         scan: effect!(ALL & !ZF, "bsf eax, ecx"),
+        // Bit 0, and bit 1.
+        scan_tells_number: flags_after!(0, "bsf eax, ecx") & PF != 0
+            && flags_after!(ALL, "bsr eax, ecx") & PF == 0,
         count: has(std::is_x86_feature_detected!("lzcnt"), effect!(ALL & !(CF | ZF), "lzcnt eax, ecx")),
     }
 }

@@ -3,6 +3,7 @@
 use super::{Exec, Flow, Res, mask, sign};
 use crate::cpum::{eflags, gpr};
 use crate::trap::Trap;
+use host_driver_shim::undefined_flags::{self, Overflow};
 
 /// A two-operand operation whose result goes back to the first operand (`cmp`, `test`: nowhere).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -199,11 +200,19 @@ impl Exec<'_> {
             cf = false;
         }
         self.set_gpr_n(gpr::EAX, 1, al);
-        let of = self.cpu.eflags & eflags::OF;
-        self.set_arith(zsp(al, 1) | of);
+        self.set_arith(zsp(al, 1) | self.overflow_of_decimal());
         self.set_flag(eflags::CF, cf);
         self.set_flag(eflags::AF, af);
         Ok(Flow::Next)
+    }
+
+    /// OF after `daa`, `das`, `aaa` and `aas`, which leave it undefined: AMD's CPUs keep it, Intel's clear it. They do not exist in
+    /// 64-bit mode, in which our own code could try them, so another habit tells whose CPU this is.
+    fn overflow_of_decimal(&self) -> u32 {
+        match undefined_flags::host().overflow {
+            Overflow::LastStep => self.cpu.eflags & eflags::OF,
+            Overflow::FirstStep => 0,
+        }
     }
 
     pub(super) fn aaa_aas(&mut self, subtract: bool) -> Res<Flow> {
@@ -213,8 +222,7 @@ impl Exec<'_> {
             ax = if subtract { ax.wrapping_sub(0x106) } else { ax.wrapping_add(0x106) };
         }
         self.set_gpr_n(gpr::EAX, 2, ax & 0xff0f);
-        let f = self.cpu.eflags & eflags::OF | zsp(ax & 0xf, 1);
-        self.set_arith(f);
+        self.set_arith(zsp(ax & 0xf, 1) | self.overflow_of_decimal());
         self.set_flag(eflags::CF, adjust);
         self.set_flag(eflags::AF, adjust);
         Ok(Flow::Next)

@@ -1,7 +1,9 @@
 //! Bit tests and bit scans.
 
+use super::alu::zsp;
 use super::{Exec, Flow, Res, mask};
 use crate::cpum::eflags;
+use host_driver_shim::undefined_flags;
 use iced_x86::OpKind;
 
 /// What a bit test does to the bit.
@@ -50,11 +52,15 @@ impl Exec<'_> {
     pub(super) fn bit_scan(&mut self, reverse: bool) -> Res<Flow> {
         let size = self.size(0);
         let v = self.get(1)? & mask(size);
+        let n = if reverse { v.checked_ilog2().unwrap_or(0) } else { v.trailing_zeros() % 32 };
         if v != 0 {
-            let n = if reverse { 31 - v.leading_zeros() } else { v.trailing_zeros() };
             self.put(0, n)?;
         }
-        self.cpu.eflags = host_driver_shim::undefined_flags::host().scan.on(self.cpu.eflags);
+        let host = undefined_flags::host();
+        self.cpu.eflags = host.scan.on(self.cpu.eflags);
+        if host.scan_tells_number {
+            self.set_flag(eflags::PF, zsp(n, 4) & eflags::PF != 0);
+        }
         self.set_flag(eflags::ZF, v == 0);
         Ok(Flow::Next)
     }

@@ -1,5 +1,6 @@
 //! Multiplication and division.
 
+use super::alu::zsp;
 use super::{Exec, Flow, Res, mask, sext};
 use crate::cpum::{eflags, gpr};
 use crate::trap::Trap;
@@ -20,13 +21,18 @@ impl Exec<'_> {
         let overflow =
             if signed { product as i64 != i64::from(sext(low, size)) } else { product != u64::from(low) };
         self.set_double(size, product);
-        self.mul_flags(overflow);
+        self.mul_flags(overflow, low, size);
         Ok(Flow::Next)
     }
 
     /// CF and OF; SF, ZF, AF and PF are undefined.
-    fn mul_flags(&mut self, overflow: bool) {
-        self.cpu.eflags = undefined_flags::host().multiply.on(self.cpu.eflags);
+    fn mul_flags(&mut self, overflow: bool, low: u32, size: u8) {
+        let host = undefined_flags::host();
+        self.cpu.eflags = host.multiply.on(self.cpu.eflags);
+        if host.multiply_tells_product {
+            let told = eflags::SF | eflags::PF;
+            self.cpu.eflags = self.cpu.eflags & !told | zsp(low, size) & told;
+        }
         self.set_flag(eflags::CF, overflow);
         self.set_flag(eflags::OF, overflow);
     }
@@ -59,7 +65,7 @@ impl Exec<'_> {
         let product = i64::from(sext(a, size)).wrapping_mul(i64::from(sext(b, size)));
         let low = product as u32 & mask(size);
         self.put(0, low)?;
-        self.mul_flags(product != i64::from(sext(low, size)));
+        self.mul_flags(product != i64::from(sext(low, size)), low, size);
         Ok(Flow::Next)
     }
 
