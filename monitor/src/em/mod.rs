@@ -189,7 +189,9 @@ impl Em {
     pub fn settle(&mut self, placement: Placement) -> std::io::Result<()> {
         placement.bind()?;
         self.placement = Some(placement);
-        if self.engines.kinds().any(|kind| kind == EngineKind::Raw) {
+        // A guest in a virtual machine of this thread's would get the fault, too (SDM vol. 3C, "Relative Priority of Faults and VM Exits").
+        let raw_alone = |kind| matches!(kind, EngineKind::Raw | EngineKind::Interp);
+        if self.engines.raw().is_some() && self.engines.kinds().all(raw_alone) {
             self.cpuid_faults = CpuidFaults::begin()?;
         }
         Ok(())
