@@ -18,10 +18,12 @@ pub mod rig;
 pub mod stepping;
 pub mod watch;
 
+use csam::GuestLin;
 use guest::{BRANCH, BRANCH_TARGET, COMPARED};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 use monitor::cpum::{CpuState, Segment, cr0, eflags, gpr};
 use monitor::em::engine::Engine;
+use monitor::em::raw::layout::Layout;
 use monitor::em::raw::{After, RawEngine};
 use monitor::env::Env;
 use monitor::interp::{self, Step};
@@ -178,6 +180,9 @@ pub enum Useless {
     PageTables,
     /// It looked at where the oracle keeps the target of its own branches, which only raw mode's memory holds.
     BranchTarget,
+    /// It looked at where the raw engine may have something of its own and the guest has nothing: there the world does not fault
+    /// (docs/architecture.md).
+    EnginesPlace,
     /// It took too long.
     Budget,
 }
@@ -318,6 +323,12 @@ fn step(cpu: &mut CpuState, m: &mut dyn Env) -> Option<End> {
     }
 }
 
+/// Whether the raw engine may have something of its own where a guest that runs code at `eip` has nothing.
+fn is_engines_place(eip: u32, at: GuestLin) -> bool {
+    let [.., top] = eip.to_le_bytes();
+    Layout::CANDIDATES.iter().any(|layout| layout.reserved(at) || layout.near(top).reserved(at))
+}
+
 /// Runs in the interpreter.
 ///
 /// # Errors
@@ -381,6 +392,11 @@ pub fn interpret(mut cpu: CpuState, m: &mut Machine, limits: Limits) -> Result<T
         let end = step(&mut cpu, &mut watched);
         if watched.looked {
             return Err(Useless::BranchTarget);
+        }
+        if let Some(End::Trap(Trap { vector: 14, cr2: Some(at), .. })) = end
+            && is_engines_place(cpu.eip, GuestLin(at))
+        {
+            return Err(Useless::EnginesPlace);
         }
         if let Some(end) = end {
             return Ok(Trace { passed, end, enough: usize::MAX, last: State::of(&cpu) });
