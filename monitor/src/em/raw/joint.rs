@@ -149,7 +149,8 @@ impl RawEngine {
     /// spaces in use than worlds. None: there are enough, or the host gives no more.
     fn new_joint_space(&mut self, role: Role, returns: bool) -> Result<Option<usize>, RawError> {
         let i = self.kernels.len();
-        if i >= if returns { self.most_worlds } else { FEW_JOINT_SPACES.min(self.most_worlds) } {
+        let enough = if returns { MAX_JOINT_SPACES } else { FEW_JOINT_SPACES };
+        if i >= enough.min(self.most_worlds) {
             return Ok(None);
         }
         let world = match self.host.spawn() {
