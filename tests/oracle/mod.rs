@@ -498,6 +498,22 @@ pub fn follow(
         let repeats = next
             .as_ref()
             .is_some_and(|i| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()));
+        // How often it was repeated is not known, but that an interrupt would come before the next time.
+        if repeats
+            && let Some(from) = waits
+            && cpu.interruptible()
+        {
+            let open = |n: &usize| trace.passed[*n].interruptible && !trace.passed[*n].behind_sti;
+            let here = (from + 1..trace.passed.len()).find(|&n| trace.passed[n].state.eip == now.eip);
+            if let Some(missed) = (from + 1..here.unwrap_or(0)).find(open) {
+                return Err(format!(
+                    "after {how}: an interrupt was missed at {missed}, came in a repetition{}",
+                    trace.place(missed)
+                ));
+            }
+            tally.delivered += 1;
+            waits = None;
+        }
         if !repeats {
             let mut found = trace.find(at, &now, || digest(m, cpu));
             // The hardware may stop in the middle of a popa whose stack goes on in a page that was not there yet: some
