@@ -353,6 +353,11 @@ fn guest(case: &Case) -> (CpuState, FlatEnv) {
     (cpu, env)
 }
 
+/// Whether this CPU is one of Intel's, by a habit of theirs.
+fn is_intel() -> bool {
+    undefined_flags::host().overflow == Overflow::FirstStep
+}
+
 fn flags_undefined(i: &Instruction) -> u32 {
     let table = [
         (RflagsBits::OF, eflags::OF),
@@ -363,7 +368,7 @@ fn flags_undefined(i: &Instruction) -> u32 {
         (RflagsBits::PF, eflags::PF),
     ];
     // On an Intel CPU the interpreter knows all there is to know.
-    if undefined_flags::host().overflow == Overflow::FirstStep {
+    if is_intel() {
         return 0;
     }
     let undefined = i.rflags_undefined();
@@ -386,11 +391,12 @@ fn other_fault_first(i: &Instruction, native: &Case, interpreter: Option<&Trap>)
             | Mnemonic::Sha256msg2
             | Mnemonic::Sha256rnds2
     );
-    sha && n.vector == 13 && matches!(theirs, None | Some(12..=14))
-        // An operand that reaches over the end of the 4 GiB.
-        || n.vector == 14 && n.cr2 >= 0xffff_fff0 && matches!(theirs, Some(12 | 13))
-        // The lower bound is compared before the upper one is read.
-        || i.mnemonic() == Mnemonic::Bound && n.vector == 5 && matches!(theirs, Some(12..=14))
+    let unaligned = sha && n.vector == 13 && matches!(theirs, None | Some(12..=14));
+    // An operand that reaches over the end of the 4 GiB.
+    let over_the_end = n.vector == 14 && n.cr2 >= 0xffff_fff0 && matches!(theirs, Some(12 | 13));
+    // The lower bound is compared before the upper one is read.
+    let lower_first = i.mnemonic() == Mnemonic::Bound && n.vector == 5 && matches!(theirs, Some(12..=14));
+    is_intel() && (unaligned || over_the_end || lower_first)
 }
 
 /// What the CPU wrote beyond the definition: the upper half of what `push` of a segment register writes is kept by Intel's CPUs
@@ -399,6 +405,7 @@ fn other_fault_first(i: &Instruction, native: &Case, interpreter: Option<&Trap>)
 fn written_besides(i: &Instruction, at: usize, esp: u32, faulted: bool) -> bool {
     let above = (at as u32).wrapping_sub(esp) & (PAGE as u32 - 1);
     match i.mnemonic() {
+        _ if !is_intel() => false,
         Mnemonic::Push => i.op0_register().is_segment_register() && matches!(above, 2 | 3),
         Mnemonic::Call => faulted && above >= PAGE as u32 - 4,
         Mnemonic::Fstp | Mnemonic::Fbstp | Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => {
@@ -446,7 +453,7 @@ pub fn difference(plan: &Plan, native: &Case) -> Option<String> {
         Step::Done => {}
         Step::Raise(Event::Exception(t)) => {
             // Intel's CPUs do not store what an x87 exception they raise later keeps from being stored.
-            if !faulted && native.state.fx[2] & FSW_ES != 0 && matches!(t.vector, 12..=14) {
+            if is_intel() && !faulted && n.fx[2] & FSW_ES != 0 && matches!(t.vector, 12..=14) {
                 return None;
             }
             if !faulted {
@@ -534,7 +541,8 @@ pub fn difference(plan: &Plan, native: &Case) -> Option<String> {
                 differing &= !0x3f;
             }
         }
-        let enters_mmx = simd_fault || faulted && (0..i.op_count()).any(|n| i.op_register(n).is_mm());
+        let enters_mmx =
+            simd_fault || is_intel() && faulted && (0..i.op_count()).any(|n| i.op_register(n).is_mm());
         if enters_mmx && ((2..6).contains(&at) || (32..160).contains(&at)) {
             // Whether MMX state is entered (TOP = 0) before the exception is the CPU's choice.
             differing = 0;

@@ -481,6 +481,10 @@ pub fn follow(
     let mut branched = usize::MAX;
     let mut how = "start".to_string();
     let spring = base + BRANCH;
+    // Where an interrupt would have been delivered first, between two places.
+    let missed = |from: usize, to: usize| {
+        (from + 1..to).find(|&n| trace.passed[n].interruptible && !trace.passed[n].behind_sti)
+    };
     let mut exits = 0u32;
     loop {
         exits += 1;
@@ -503,9 +507,8 @@ pub fn follow(
             && let Some(from) = waits
             && cpu.interruptible()
         {
-            let open = |n: &usize| trace.passed[*n].interruptible && !trace.passed[*n].behind_sti;
             let here = (from + 1..trace.passed.len()).find(|&n| trace.passed[n].state.eip == now.eip);
-            if let Some(missed) = (from + 1..here.unwrap_or(0)).find(open) {
+            if let Some(missed) = missed(from, here.unwrap_or(0)) {
                 return Err(format!(
                     "after {how}: an interrupt was missed at {missed}, came in a repetition{}",
                     trace.place(missed)
@@ -557,9 +560,7 @@ pub fn follow(
             if let Some(from) = waits
                 && cpu.interruptible()
             {
-                if let Some(missed) =
-                    (from + 1..at).find(|&n| trace.passed[n].interruptible && !trace.passed[n].behind_sti)
-                {
+                if let Some(missed) = missed(from, at) {
                     return Err(format!(
                         "after {how}: an interrupt was missed at {missed}, came at {at}{}",
                         trace.place(missed)
