@@ -61,12 +61,11 @@ impl RawEngine {
                     }
                 }
                 PagingChange::Cr3 => {
-                    let joint = self.known_joint_space(cpu.cr3);
-                    let ring0 = (self.kernels[0].role == Role::Supervisor).then_some(0);
+                    let ring0 = (self.kernels[0].role == Role::Supervisor).then_some(Place::Kernel(0));
+                    let joint = self.known_joint_space(cpu.cr3).map(Place::Kernel);
                     let user = Role::User { cr3: cpu.cr3 };
-                    let kernels = [joint, ring0].into_iter().flatten().map(Place::Kernel);
-                    let users = self.users.iter().position(|s| s.role == user).map(Place::User);
-                    for place in kernels.chain(users).collect::<Vec<_>>() {
+                    let user = self.users.iter().position(|s| s.role == user).map(Place::User);
+                    for place in [ring0, joint, user].into_iter().flatten() {
                         self.space(place).pending_sync.get_or_insert(Scope::NonGlobal);
                     }
                 }
