@@ -9,32 +9,6 @@ use std::time::{Duration, Instant};
 use common::*;
 use host_driver_shim::world::{World, WorldError};
 
-/// `jmp 33h:CODE+7`, then this 64-bit code.
-fn escape(code64: &[u8]) -> Vec<u8> {
-    let mut c = vec![0xea];
-    c.extend((CODE + 7).to_le_bytes());
-    c.extend([0x33, 0]);
-    c.extend(code64);
-    c
-}
-
-/// 64-bit code that finds a `syscall` instruction of the runtime by way of the gate stub and jumps to it. The stub is
-/// `mov [moffs64], eax` (9 bytes), `mov rax, imm64`, `jmp [rax]`; the compiler puts the runtime's functions before its
-/// assembly, so the search goes downwards from there.
-fn runtime_syscall(nr: u32) -> Vec<u8> {
-    let mut c = vec![0xb9];
-    c.extend(STUB.to_le_bytes()); // mov ecx, STUB
-    c.extend([0x48, 0x8b, 0x49, 11]); // mov rcx, [rcx+11]
-    c.extend([0x48, 0x8b, 0x09]); // mov rcx, [rcx]
-    c.extend([0x48, 0xff, 0xc9]); // 1: dec rcx
-    c.extend([0x66, 0x81, 0x39, 0x0f, 0x05]); // cmp word [rcx], 0x050f
-    c.extend([0x75, 0xf6]); // jne 1b
-    c.push(0xb8);
-    c.extend(nr.to_le_bytes()); // mov eax, nr
-    c.extend([0xff, 0xe1]); // jmp rcx
-    c
-}
-
 /// The end of a world that runs this, at once.
 fn death_of(code: &[u8]) -> String {
     let mut g = Guest::with(code);

@@ -34,6 +34,9 @@ pub(crate) const WATCHED_VA: u64 = ARENA_VA + 0x4000_0000;
 /// What a world knows about its windows ([`super::rc_window`]).
 pub(crate) const WINDOWS_VA: u64 = ARENA_VA + 0x5000_0000;
 
+/// The orders of a confined world's mapper, read-only ([`super::orders`]).
+pub(crate) const ORDERS_VA: u64 = ARENA_VA + 0x6000_0000;
+
 /// How many commands fit.
 pub(crate) const COMMANDS: usize = 1024;
 
@@ -89,6 +92,8 @@ pub(crate) const CODE_FD: i32 = 4;
 pub(crate) const ARENA_FD: i32 = 5;
 /// The bitmap of watched frames: closed once it is mapped, and then the userfaultfd's.
 pub(crate) const WATCHED_FD: i32 = 6;
+/// In a confined world, the orders, in the mapper's hands alone.
+pub(crate) const ORDERS_FD: i32 = 6;
 
 /// One command, see [`op`].
 #[derive(Clone, Copy, Default, Debug)]
@@ -151,10 +156,15 @@ pub(crate) struct Arena {
     pub(crate) cpuid_faults: AtomicU32,
     /// Non-zero: `rdtsc` is to raise #GP(0).
     pub(crate) trap_tsc: AtomicU32,
-    /// Set-up: number of BPF instructions in `filter`.
-    pub(crate) filter_len: AtomicU32,
+    /// Set-up: non-zero for a confined world, see [`super::mapper`].
+    pub(crate) confined: AtomicU32,
+    /// Set-up: the mapper's thread id, once it is there.
+    pub(crate) mapper: AtomicU32,
+    /// Set-up: number of BPF instructions in `filters`.
+    pub(crate) filter_len: [AtomicU32; 2],
     pub(crate) fx: Fx,
-    pub(crate) filter: [u64; FILTER_MAX],
+    /// The jail's filters: the world's own and its mapper's.
+    pub(crate) filters: [[u64; FILTER_MAX]; 2],
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
     pub(crate) delivery: DeliveryRules,
@@ -267,18 +277,20 @@ impl ArenaMap {
         self.set(Word::COMMANDS_LEN, u32::try_from(n).unwrap_or(0));
     }
 
-    /// Hands over the jail's filter; `false` if it is too long.
-    pub(crate) fn set_filter(&self, filter: &[u64]) -> bool {
+    /// Hands over one of the jail's filters; `false` if it is too long.
+    pub(crate) fn set_filter(&self, which: usize, filter: &[u64]) -> bool {
         let Ok(n) = u32::try_from(filter.len()) else { return false };
         if filter.len() > FILTER_MAX {
             return false;
         }
+        let filters = offset_of!(Arena, filters) + which * size_of::<[u64; FILTER_MAX]>();
         for (i, insn) in filter.iter().enumerate() {
-            if self.0.write_u64((offset_of!(Arena, filter) + i * 8) as u64, *insn).is_none() {
+            if self.0.write_u64((filters + i * 8) as u64, *insn).is_none() {
                 return false;
             }
         }
-        self.set(Word::FILTER_LEN, n);
+        let [own, mappers] = [Word::FILTER_LEN, Word::MAPPER_FILTER_LEN];
+        self.set(if which == 0 { own } else { mappers }, n);
         true
     }
 
@@ -328,5 +340,8 @@ impl Word {
     pub(crate) const SETUP_ERRNO: Word = Word(offset_of!(Arena, setup_errno));
     pub(crate) const TRAP_TSC: Word = Word(offset_of!(Arena, trap_tsc));
     pub(crate) const CPUID_FAULTS: Word = Word(offset_of!(Arena, cpuid_faults));
+    pub(crate) const CONFINED: Word = Word(offset_of!(Arena, confined));
+    pub(crate) const MAPPER: Word = Word(offset_of!(Arena, mapper));
     pub(crate) const FILTER_LEN: Word = Word(offset_of!(Arena, filter_len));
+    pub(crate) const MAPPER_FILTER_LEN: Word = Word(offset_of!(Arena, filter_len) + 4);
 }

@@ -8,13 +8,14 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
-    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE,
-    STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA, exit_kind,
+    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, ORDERS_FD, ORDERS_VA, RAM_FD, RAM_VA, SIGNAL_STACK_SIZE,
+    SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA, exit_kind,
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
+use super::orders::Orders;
 use super::rc::{arena, death, die};
-use super::rc_window;
 use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
+use super::{mapper, rc_window};
 use crate::ram::watched_size;
 
 /// The variable that makes a process a world. Its value is [`WORLD_VALUE`].
@@ -37,7 +38,7 @@ pub(super) const ARCH_CPUID_SET: u64 = 0x1012;
 pub(crate) static CONSTRUCTOR: extern "C" fn() = become_world_if_asked;
 
 /// What set-up was doing when it failed, as `setup_step` counts.
-pub(crate) const STEPS: [&str; 14] = [
+pub(crate) const STEPS: [&str; 15] = [
     "starting",
     "mapping the arena",
     "mapping guest RAM for itself",
@@ -50,6 +51,7 @@ pub(crate) const STEPS: [&str; 14] = [
     "giving up privileges",
     "forbidding core dumps",
     "catching system calls of guest code (syscall user dispatch, Linux 5.11)",
+    "starting its mapper",
     "installing its seccomp filter",
     "ready",
 ];
@@ -81,7 +83,7 @@ extern "C" fn become_world_if_asked() {
 }
 
 /// A step failed, errno says why.
-struct Refused;
+pub(super) struct Refused;
 
 fn check(fine: bool) -> Result<(), Refused> {
     if fine { Ok(()) } else { Err(Refused) }
@@ -91,9 +93,15 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     map_fixed(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, ARENA_FD)?;
     *step = 2;
     // SAFETY: the arena is mapped.
-    let pages = u64::from(unsafe { (*arena()).fill.ram_pages.load(Acquire) });
-    map_fixed(RAM_VA, pages << 12, READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, RAM_FD)?;
-    map_fixed(WATCHED_VA, watched_size(pages), libc::PROT_READ, libc::MAP_SHARED, WATCHED_FD)?;
+    let confined = unsafe { (*arena()).confined.load(Acquire) } != 0;
+    if confined {
+        map_fixed(ORDERS_VA, size_of::<Orders>() as u64, libc::PROT_READ, libc::MAP_SHARED, ORDERS_FD)?;
+    } else {
+        // SAFETY: the arena is mapped.
+        let pages = u64::from(unsafe { (*arena()).fill.ram_pages.load(Acquire) });
+        map_fixed(RAM_VA, pages << 12, READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, RAM_FD)?;
+        map_fixed(WATCHED_VA, watched_size(pages), libc::PROT_READ, libc::MAP_SHARED, WATCHED_FD)?;
+    }
     let own = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     map_fixed(
         WINDOWS_VA,
@@ -105,10 +113,13 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     *step = 3;
     // SAFETY: closes descriptors nothing in this process uses.
     check(unsafe { libc::syscall(libc::SYS_close_range, 0, 2, 0) } == 0)?;
+    let kept = if confined { ORDERS_FD } else { ARENA_FD };
     // SAFETY: as above.
-    check(unsafe { libc::syscall(libc::SYS_close_range, ARENA_FD + 1, u32::MAX, 0) } == 0)?;
-    // Without it pages are mapped one by one.
-    rc_window::set_up();
+    check(unsafe { libc::syscall(libc::SYS_close_range, kept + 1, u32::MAX, 0) } == 0)?;
+    if !confined {
+        // Without it pages are mapped one by one.
+        rc_window::set_up();
+    }
     *step = 4;
     let a = arena();
     // SAFETY: the arena is mapped; prctl and getppid touch no memory of ours.
@@ -167,8 +178,16 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
         (*a).exit.kind.store(exit_kind::READY, Release);
     }
     *step = 12;
-    install_filter()?;
+    if confined {
+        // SAFETY: the runtime's stack is used first by `subring_rc_leave`.
+        check(unsafe { mapper::start() })?;
+        // The mapper has its own table of them.
+        // SAFETY: closes descriptors nothing in this thread uses any more.
+        check(unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0)?;
+    }
     *step = 13;
+    install_filter(0)?;
+    *step = 14;
     // SAFETY: as above.
     unsafe { (*a).setup_step.store(*step, Release) };
     Ok(())
@@ -220,14 +239,17 @@ fn install_handlers() -> Result<(), Refused> {
     }
 }
 
-fn install_filter() -> Result<(), Refused> {
+/// Installs one of the filters in the arena for the calling thread.
+pub(super) fn install_filter(which: usize) -> Result<(), Refused> {
     let a = arena();
     // SAFETY: the arena is mapped.
-    let len = unsafe { (*a).filter_len.load(Acquire) };
+    let lengths = unsafe { &(*a).filter_len };
+    let len = lengths.get(which).map_or(0, |len| len.load(Acquire));
     check(len > 0 && len as usize <= FILTER_MAX)?;
+    let filters = ARENA_VA as usize + offset_of!(Arena, filters);
     let program = libc::sock_fprog {
         len: len as u16,
-        filter: std::ptr::with_exposed_provenance_mut(ARENA_VA as usize + offset_of!(Arena, filter)),
+        filter: std::ptr::with_exposed_provenance_mut(filters + which * size_of::<[u64; FILTER_MAX]>()),
     };
     // SPEC_ALLOW: before Linux 5.16 a filter would switch on speculation controls that slow the guest down; what they
     // protect is this process's memory from itself.

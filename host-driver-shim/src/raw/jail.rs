@@ -13,33 +13,91 @@ use seccompiler::{
     SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::arena::{ARENA_FD, RAM_FD, WINDOWS_VA};
+use super::arena::{ARENA_FD, ORDERS_FD, RAM_FD, WINDOWS_VA};
 use super::rc_window::{FRAMES_SIZE, UFFD, UFFDIO_CONTINUE, UFFDIO_REGISTER};
 
 const FOUR_GIB: u64 = 1 << 32;
 
-/// The filter, one BPF instruction (`struct sock_filter`) a word, to be installed by the world itself.
-pub(crate) fn filter() -> io::Result<Vec<u64>> {
-    let program = compile().map_err(io::Error::other)?;
-    Ok(program
-        .iter()
-        .map(|i| u64::from(i.code) | u64::from(i.jt) << 16 | u64::from(i.jf) << 24 | u64::from(i.k) << 32)
-        .collect())
+/// Filters, one BPF instruction (`struct sock_filter`) a word, to be installed by the worlds themselves.
+#[derive(Debug)]
+pub(crate) struct Filters {
+    /// For worlds that change their mappings themselves.
+    pub(crate) plain: Vec<u64>,
+    /// For confined ones.
+    pub(crate) confined: Vec<u64>,
+    /// For their mappers.
+    pub(crate) mapper: Vec<u64>,
 }
 
-fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
-    use SeccompCmpOp::{Eq, Ge, Le, Lt, MaskedEq};
-    let low = || -> Result<Vec<SeccompCondition>, seccompiler::BackendError> {
-        Ok(vec![
-            SeccompCondition::new(0, Qword, Lt, FOUR_GIB)?,
-            SeccompCondition::new(1, Qword, Lt, FOUR_GIB)?,
-        ])
+/// Builds them.
+pub(crate) fn filters() -> io::Result<Filters> {
+    let words = |program: BpfProgram| {
+        let word = |code, jt, jf, k| {
+            u64::from(code) | u64::from(jt) << 16 | u64::from(jf) << 24 | u64::from(k) << 32
+        };
+        program.iter().map(|i| word(i.code, i.jt, i.jf, i.k)).collect()
     };
+    let compiled = |rules: Result<Rules, _>| rules.and_then(compile).map(words).map_err(io::Error::other);
+    Ok(Filters { plain: compiled(plain())?, confined: compiled(confined())?, mapper: compiled(mapper())? })
+}
+
+type Rules = BTreeMap<libc::c_long, Vec<SeccompRule>>;
+
+fn compile(rules: Rules) -> Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
+}
+
+/// Address and length end below 4 GiB.
+fn low() -> Result<Vec<SeccompCondition>, seccompiler::BackendError> {
+    use SeccompCmpOp::Lt;
+    Ok(vec![SeccompCondition::new(0, Qword, Lt, FOUR_GIB)?, SeccompCondition::new(1, Qword, Lt, FOUR_GIB)?])
+}
+
+/// A mapping of one of the memory objects in place of whatever was there.
+fn map() -> Result<Vec<SeccompCondition>, seccompiler::BackendError> {
+    use SeccompCmpOp::{Ge, Le, MaskedEq};
     let mut map = low()?;
     let flags = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
     map.push(SeccompCondition::new(3, Dword, MaskedEq(!(libc::MAP_POPULATE as u64)), flags)?);
     map.push(SeccompCondition::new(4, Dword, Ge, RAM_FD as u64)?);
     map.push(SeccompCondition::new(4, Dword, Le, ARENA_FD as u64)?);
+    Ok(map)
+}
+
+/// Descriptors of the LDT are written.
+fn write_ldt() -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(0, Dword, SeccompCmpOp::Eq, 0x11)?])
+}
+
+fn confined() -> Result<Rules, seccompiler::BackendError> {
+    use SeccompCmpOp::Eq;
+    let futex = |op: i32| SeccompCondition::new(1, Dword, Eq, op as u64);
+    // A wait that could end by itself, or by another world, would be no rest (`RawWorld::put_to_bed`).
+    let wait = vec![futex(libc::FUTEX_WAIT)?, SeccompCondition::new(3, Qword, Eq, 0)?];
+    Ok(BTreeMap::from([
+        (libc::SYS_futex, vec![SeccompRule::new(wait)?, SeccompRule::new(vec![futex(libc::FUTEX_WAKE)?])?]),
+        (libc::SYS_rt_sigreturn, vec![]),
+        (libc::SYS_exit_group, vec![]),
+    ]))
+}
+
+fn mapper() -> Result<Rules, seccompiler::BackendError> {
+    let orders = SeccompCondition::new(0, Dword, SeccompCmpOp::Eq, ORDERS_FD as u64)?;
+    Ok(BTreeMap::from([
+        (libc::SYS_futex, vec![]),
+        (libc::SYS_gettid, vec![]),
+        (libc::SYS_exit_group, vec![]),
+        (libc::SYS_mmap, vec![SeccompRule::new(map()?)?]),
+        (libc::SYS_munmap, vec![SeccompRule::new(low()?)?]),
+        (libc::SYS_mprotect, vec![SeccompRule::new(low()?)?]),
+        (libc::SYS_pwrite64, vec![SeccompRule::new(vec![orders])?]),
+        (libc::SYS_modify_ldt, vec![write_ldt()?]),
+    ]))
+}
+
+fn plain() -> Result<Rules, seccompiler::BackendError> {
+    use SeccompCmpOp::Eq;
     // The kernel checks what `ioctl` names against the world's own mappings. A guest in 64-bit mode could have our own memory
     // raise faults, too: its world would end.
     let windows = |request: u64| -> Result<SeccompRule, seccompiler::BackendError> {
@@ -56,12 +114,12 @@ fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
         SeccompCondition::new(1, Qword, Eq, FRAMES_SIZE)?,
         dont_need()?,
     ];
-    let rules = BTreeMap::from([
+    Ok(BTreeMap::from([
         // No conditions: the kernel then answers from its bitmap without running the filter (seccomp action cache).
         (libc::SYS_futex, vec![]),
         (libc::SYS_rt_sigreturn, vec![]),
         (libc::SYS_exit_group, vec![]),
-        (libc::SYS_mmap, vec![SeccompRule::new(map)?]),
+        (libc::SYS_mmap, vec![SeccompRule::new(map()?)?]),
         (libc::SYS_ioctl, vec![windows(UFFDIO_CONTINUE)?, windows(UFFDIO_REGISTER)?]),
         (libc::SYS_madvise, vec![SeccompRule::new(discard)?, SeccompRule::new(forget)?]),
         (libc::SYS_munmap, vec![SeccompRule::new(low()?)?]),
@@ -70,8 +128,6 @@ fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
             libc::SYS_setitimer,
             vec![SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, libc::ITIMER_REAL as u64)?])?],
         ),
-        (libc::SYS_modify_ldt, vec![SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, 0x11)?])?]),
-    ]);
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
-        .try_into()
+        (libc::SYS_modify_ldt, vec![write_ldt()?]),
+    ]))
 }

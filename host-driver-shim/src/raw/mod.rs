@@ -7,7 +7,9 @@
 //! 5. Data faults that are only misses of the shadow are answered inside the world: [`fill`], [`rc_fill`], [`rc_walk`].
 //!
 //! A world can be taken over by its guest (`ljmp 33h`). What it can do then: compute, change its own mappings of guest
-//! RAM, lie to the monitor in the arena, end itself.
+//! RAM, lie to the monitor in the arena, end itself. A *confined* world, for guest code that must not reach all guest RAM, has
+//! no mapping and no descriptor of it: a thread that cannot be taken over makes its mappings ([`mapper`]), and it sleeps when
+//! it has not the turn ([`RawWorld::put_to_bed`]).
 
 mod arena;
 mod cpuid_faults;
@@ -15,6 +17,8 @@ mod entry;
 mod fill;
 mod init;
 mod jail;
+mod mapper;
+mod orders;
 mod rc;
 pub(crate) mod rc_cpuid;
 pub mod rc_deliver;
@@ -42,7 +46,9 @@ use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_k
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
 pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
-use spawn::{Keeper, Objects, Process, futex_wait, futex_wake};
+use jail::Filters;
+use orders::{OrdersMap, Then};
+use spawn::{Keeper, Objects, Process, futex_requeue, futex_wait, futex_wake};
 
 /// No CPU to bind worlds to.
 const UNBOUND: usize = usize::MAX;
@@ -52,6 +58,8 @@ const TICK: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 const PATIENCE: u32 = 50;
 /// How long a new world may take to be ready.
 const BIRTH: Duration = Duration::from_secs(20);
+/// How long a confined world that has handed over may stay awake: only a hostile guest's does.
+const BEDTIME: Duration = Duration::from_secs(2);
 /// Where the guest of a world ends.
 const FOUR_GIB: u64 = 1 << 32;
 /// Bits of MXCSR that exist on every CPU with SSE2 (SDM vol. 1, 10.2.3); a set reserved bit would make FXRSTOR fault.
@@ -86,21 +94,21 @@ struct Engine {
     code: CodeMemory,
     cpu: AtomicUsize,
     trap_tsc: AtomicBool,
-    filter: Vec<u64>,
+    filters: Filters,
     keeper: Keeper,
 }
 
 impl RawEngine {
     /// An engine for this RAM and code memory; its worlds are bound to host CPU `cpu` if one is given.
     pub fn new(ram: &GuestRam, code: &CodeMemory, cpu: Option<usize>) -> Result<RawEngine, WorldError> {
-        let filter = jail::filter().map_err(host("building the jail's filter"))?;
+        let filters = jail::filters().map_err(host("building the jail's filters"))?;
         let keeper = Keeper::start().map_err(host("starting the world keeper"))?;
         Ok(RawEngine(Arc::new(Engine {
             ram: ram.clone(),
             code: code.clone(),
             cpu: AtomicUsize::new(cpu.unwrap_or(UNBOUND)),
             trap_tsc: AtomicBool::new(false),
-            filter,
+            filters,
             keeper,
         })))
     }
@@ -117,21 +125,41 @@ impl RawEngine {
 
     /// Makes a world, ready to run, with nothing mapped.
     pub fn spawn_world(&self) -> Result<RawWorld, WorldError> {
+        self.spawn(None)
+    }
+
+    /// Makes a confined world: one whose guest code reaches nothing but what is mapped for it, even in 64-bit mode. It answers
+    /// nothing by itself.
+    pub fn spawn_confined(&self) -> Result<RawWorld, WorldError> {
+        let orders = OrdersMap::new().map_err(host("making the memory for a mapper's orders"))?;
+        self.spawn(Some(orders))
+    }
+
+    fn spawn(&self, orders: Option<OrdersMap>) -> Result<RawWorld, WorldError> {
         let engine = &self.0;
         let arena = ArenaMap::new().map_err(host("making a world's arena"))?;
-        if !arena.set_filter(&engine.filter) {
+        let fits = match orders {
+            None => arena.set_filter(0, &engine.filters.plain),
+            Some(_) => {
+                arena.set_filter(0, &engine.filters.confined) && arena.set_filter(1, &engine.filters.mapper)
+            }
+        };
+        if !fits {
             return Err(host("building the jail's filter")(io::Error::other("too long")));
         }
         arena.set(Word::MONITOR_PID, std::process::id());
         arena.set(Word::TRAP_TSC, u32::from(engine.trap_tsc.load(Ordering::Relaxed)));
-        arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
+        arena.set(Word::CONFINED, u32::from(orders.is_some()));
+        if orders.is_none() {
+            arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
+        }
         arena.set(Word::TURN, turn::WORLD);
         let objects = Objects {
             ram: engine.ram.shared().fd(),
             code: engine.code.world_fd(),
-            watched: engine.ram.watched_fd(),
+            watched: orders.as_ref().map_or(engine.ram.watched_fd(), OrdersMap::fd),
         };
-        let process = engine.keeper.spawn(arena, objects).map_err(host("spawning a world"))?;
+        let process = engine.keeper.spawn(arena, orders, objects).map_err(host("spawning a world"))?;
         let mut world = RawWorld {
             kicker: Arc::new(RawKicker(Arc::clone(&process))),
             process,
@@ -142,6 +170,7 @@ impl RawEngine {
             cpuid_faults: false,
             finished: false,
             answered: 0,
+            mapper: None,
         };
         let cpu = engine.cpu.load(Ordering::Relaxed);
         if cpu != UNBOUND {
@@ -150,6 +179,14 @@ impl RawEngine {
         world.wait(Some(BIRTH))?;
         if world.process.arena.get(Word::EXIT_KIND) != exit_kind::READY {
             return Err(world.misbehaved());
+        }
+        if world.process.orders.is_some() {
+            // No guest code has run yet: this is true.
+            world.mapper = Some(world.process.arena.get(Word::MAPPER).cast_signed());
+            if cpu != UNBOUND {
+                world.pin(cpu)?;
+            }
+            world.put_to_bed()?;
         }
         world.cpuid_faults = world.process.arena.get(Word::CPUID_FAULTS) == 1;
         Ok(world)
@@ -185,11 +222,15 @@ pub struct RawWorld {
     finished: bool,
     /// Faults the world had answered when we last asked.
     answered: u32,
+    /// The mapper's thread id, of a confined world.
+    mapper: Option<libc::pid_t>,
 }
 
 impl RawWorld {
     /// Descriptors this process has open for each: its arena's and its process's.
     pub const FILES: usize = 2;
+    /// The same of a confined one, which has its orders besides.
+    pub const CONFINED_FILES: usize = 3;
 
     /// The world's process id.
     #[must_use]
@@ -208,21 +249,39 @@ impl RawWorld {
         if self.commands.is_empty() {
             return Ok(());
         }
-        self.hand_over(request::COMMANDS)?;
-        match self.process.arena.get(Word::EXIT_KIND) {
+        if self.process.orders.is_some() {
+            return self.have_mapped();
+        }
+        match self.hand_over(request::COMMANDS)? {
             exit_kind::COMMANDS_DONE => {
                 self.commands.clear();
                 Ok(())
             }
-            exit_kind::COMMAND_FAILED => Err(self.command_failed()),
+            exit_kind::COMMAND_FAILED => Err(self.alleged_failure()),
             _ => Err(self.misbehaved()),
         }
     }
 
-    /// Gives the world the turn and waits until it gives it back.
-    fn hand_over(&mut self, what: u32) -> Result<(), WorldError> {
+    /// Gives the world the turn, waits until it gives it back, and says why it did (an allegation).
+    fn hand_over(&mut self, what: u32) -> Result<u32, WorldError> {
+        self.give_turn(what, true)?;
+        let signalled = self.process.close_signals();
+        let why = self.process.arena.get(Word::EXIT_KIND);
+        if self.process.orders.is_some() {
+            if signalled {
+                // It may take that signal only now, and would not stay asleep.
+                self.commands.clear();
+                self.give_turn(request::COMMANDS, false)?;
+            }
+            self.put_to_bed()?;
+        }
+        Ok(why)
+    }
+
+    fn give_turn(&mut self, what: u32, signals: bool) -> Result<(), WorldError> {
         let arena = &self.process.arena;
-        arena.set_commands(&self.commands);
+        let confined = self.process.orders.as_ref();
+        arena.set_commands(if confined.is_some() { &[] } else { &self.commands });
         arena.set(Word::REQUEST, what);
         let word = arena.word(Word::TURN);
         if self.process.is_dead() || self.finished {
@@ -231,8 +290,68 @@ impl RawWorld {
         // A death between that check and this store overwrites neither: the keeper stores DEAD after it sets `dead`,
         // and the wait below looks at `dead` again before its first sleep is over and at every tick.
         word.store(turn::WORLD, Ordering::SeqCst);
-        futex_wake(word);
+        match confined {
+            Some(orders) if !self.commands.is_empty() => {
+                orders.give(&self.commands, Then::WakeWorld);
+            }
+            Some(orders) => {
+                if signals {
+                    self.process.open_signals();
+                }
+                let _awake = futex_wake(orders.bed()) || futex_wake(word);
+            }
+            None => {
+                self.process.open_signals();
+                futex_wake(word);
+            }
+        }
         self.wait(None)
+    }
+
+    /// Sees to it that a confined world sleeps until it is woken, by the monitor or its mapper: what it has mapped may be taken
+    /// from it as late as that.
+    ///
+    /// It sleeps on a word everybody who has its memory could wake; from there it is moved to another, which proves that it
+    /// does. Its filter allows it only sleeps without an end, and signals are sent while it has the turn alone.
+    fn put_to_bed(&mut self) -> Result<(), WorldError> {
+        let Some(orders) = &self.process.orders else { return Ok(()) };
+        let (turn, bed) = (self.process.arena.word(Word::TURN), orders.bed());
+        let mut start = None;
+        while !futex_requeue(turn, turn::MONITOR, bed) {
+            if self.process.is_dead() {
+                return Err(self.died());
+            }
+            // It is about to: give it the time.
+            std::thread::yield_now();
+            let start = *start.get_or_insert_with(Instant::now);
+            if start.elapsed() > BEDTIME {
+                return Err(self.misbehaved());
+            }
+        }
+        Ok(())
+    }
+
+    /// Has a confined world's mapper carry out the queued commands.
+    fn have_mapped(&mut self) -> Result<(), WorldError> {
+        let Some(orders) = &self.process.orders else { return Ok(()) };
+        let number = orders.give(&self.commands, Then::Tell);
+        loop {
+            let done = orders.done().load(Ordering::SeqCst);
+            if done == number {
+                break;
+            }
+            if self.process.is_dead() {
+                return Err(self.died());
+            }
+            futex_wait(orders.done(), done, &TICK);
+        }
+        match orders.failed() {
+            Some(index) => Err(self.command_failed(index, None)),
+            None => {
+                self.commands.clear();
+                Ok(())
+            }
+        }
     }
 
     /// Waits for the world to hand over, or its death.
@@ -252,7 +371,20 @@ impl RawWorld {
                 // Not the keeper's DEAD (it sets `dead` first), so the world wrote it; waiting would not sleep.
                 return Err(self.misbehaved());
             }
-            if futex_wait(word, turn::WORLD, &TICK) {
+            let woken = futex_wait(word, turn::WORLD, &TICK);
+            if let Some(orders) = &self.process.orders
+                && word.load(Ordering::SeqCst) == turn::WORLD
+            {
+                if let Some(index) = orders.failed() {
+                    word.store(turn::MONITOR, Ordering::SeqCst);
+                    return Err(self.command_failed(index, None));
+                }
+                // It may be waiting behind us: what wakes one of those who wait for this word has woken us.
+                if woken {
+                    futex_wake(word);
+                }
+            }
+            if woken {
                 continue;
             }
             unanswered = if self.process.kicked.load(Ordering::SeqCst) { unanswered + 1 } else { 0 };
@@ -277,13 +409,18 @@ impl RawWorld {
         WorldError::Died(String::from("it did not keep to the protocol"))
     }
 
-    /// Reads which command failed. All commands were tried, so the queue is empty afterwards.
-    fn command_failed(&mut self) -> WorldError {
+    /// Reads which command failed.
+    fn alleged_failure(&mut self) -> WorldError {
         let index = self.process.arena.get(Word::EXIT_COMMAND) as usize;
-        let errno = self.process.arena.get(Word::EXIT_ERRNO);
+        let errno = i32::try_from(self.process.arena.get(Word::EXIT_ERRNO)).unwrap_or(0);
+        self.command_failed(index, Some(errno))
+    }
+
+    /// A command failed. Nothing is queued any more.
+    fn command_failed(&mut self, index: usize, errno: Option<i32>) -> WorldError {
         let Some(&c) = self.commands.get(index) else { return self.misbehaved() };
         self.commands.clear();
-        let source = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
+        let source = errno.map_or_else(|| io::Error::other("the host refused"), io::Error::from_raw_os_error);
         match c.op {
             op::SEGMENT => WorldError::Host { what: "modify_ldt", source },
             _ => WorldError::Map { at: c.a, len: c.b, why: source.to_string() },
@@ -334,12 +471,11 @@ impl World for RawWorld {
             }
             arena.set_fx(&self.fx);
         }
-        self.hand_over(request::RUN)?;
-        let arena = &self.process.arena;
-        let kind = arena.get(Word::EXIT_KIND);
+        let kind = self.hand_over(request::RUN)?;
         if kind == exit_kind::COMMAND_FAILED {
-            return Err(self.command_failed());
+            return Err(self.alleged_failure());
         }
+        let arena = &self.process.arena;
         self.commands.clear();
         let exit = match kind {
             exit_kind::FAULT => {
@@ -481,10 +617,13 @@ impl World for RawWorld {
     }
 
     fn pin(&mut self, cpu: usize) -> Result<(), WorldError> {
-        match set_affinity(self.process.pid, cpu) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.died()),
-            r => r.map_err(host("binding a world to a CPU")),
+        for thread in std::iter::once(self.process.pid).chain(self.mapper) {
+            match set_affinity(thread, cpu) {
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(self.died()),
+                r => r.map_err(host("binding a world to a CPU"))?,
+            }
         }
+        Ok(())
     }
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
@@ -568,9 +707,7 @@ impl Kicker for RawKicker {
             return; // One is on its way, and one exit answers all.
         }
         self.0.arena.word(Word::KICK).store(1, Ordering::SeqCst);
-        // A world that gets the turn after this load looks at the flag on its way in.
-        if self.0.arena.word(Word::TURN).load(Ordering::SeqCst) == turn::WORLD {
-            self.0.signal(signal::KICK_SIGNAL);
-        }
+        // A world that gets the turn later looks at the flag on its way in.
+        self.0.signal_if_open(signal::KICK_SIGNAL);
     }
 }

@@ -118,8 +118,12 @@ fn carry_out() -> bool {
 
 /// Maps `len` bytes of one of the world's descriptors at `at`; negative: the errno.
 pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
-    let populate = if len <= POPULATE_UP_TO { libc::MAP_POPULATE } else { 0 };
-    map_with(populate, (at, len), prot, fd, offset)
+    map_with(populate(len), (at, len), prot, fd, offset)
+}
+
+/// The flag of mmap that a mapping of `len` bytes is made with.
+pub(crate) fn populate(len: u32) -> i32 {
+    if len <= POPULATE_UP_TO { libc::MAP_POPULATE } else { 0 }
 }
 
 /// Maps `len` writable bytes of one of the world's descriptors at `at`, without entering a page in the page tables.

@@ -7,13 +7,14 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::arena::{ARENA_FD, ArenaMap, CODE_FD, RAM_FD, WATCHED_FD, Word, turn};
 use super::init::{CONSTRUCTOR, STEPS, WORLD_ENV, WORLD_VALUE};
+use super::orders::OrdersMap;
 use super::rc::death;
 
 /// What everybody who deals with one world process shares.
@@ -24,11 +25,64 @@ pub(crate) struct Process {
     pub(crate) arena: ArenaMap,
     /// A kick that no run has answered yet. The monitor's own copy of `Arena::kick`.
     pub(crate) kicked: AtomicBool,
+    pub(crate) signals: Signals,
+    /// A confined world's.
+    pub(crate) orders: Option<OrdersMap>,
     dead: AtomicBool,
     obituary: Mutex<Option<String>>,
 }
 
+/// Whether kicks are sent as signals: only while a world has the turn. A world that is to sleep would be woken.
+#[derive(Debug, Default)]
+pub(crate) struct Signals {
+    /// Of a world that is not confined.
+    state: AtomicU32,
+    /// There has been one since the last look.
+    sent: AtomicBool,
+}
+
+/// Values of the state of [`Signals`].
+mod signals {
+    pub(super) const CLOSED: u32 = 0;
+    /// The mapper opens them with it, before it wakes the world.
+    pub(super) const OPEN: u32 = 1;
+    pub(super) const SENDING: u32 = 2;
+    const _: () = assert!(OPEN == super::super::orders::WAKES);
+}
+
 impl Process {
+    fn signals_state(&self) -> &AtomicU32 {
+        self.orders.as_ref().map_or(&self.signals.state, OrdersMap::signals)
+    }
+
+    /// From here on kicks are sent as signals.
+    pub(crate) fn open_signals(&self) {
+        self.signals_state().store(signals::OPEN, Ordering::SeqCst);
+    }
+
+    /// From here on they are not. Says whether one was sent.
+    pub(crate) fn close_signals(&self) -> bool {
+        let (state, order) = (self.signals_state(), Ordering::SeqCst);
+        // Another thread is inside a system call for as long as this fails.
+        while state
+            .compare_exchange_weak(signals::OPEN, signals::CLOSED, order, order)
+            .is_err_and(|now| now != signals::CLOSED)
+        {
+            std::hint::spin_loop();
+        }
+        self.signals.sent.load(order) && self.signals.sent.swap(false, order)
+    }
+
+    /// Sends one if they are and nobody else is doing so.
+    pub(crate) fn signal_if_open(&self, signal: i32) {
+        let (state, order) = (self.signals_state(), Ordering::SeqCst);
+        if state.compare_exchange(signals::OPEN, signals::SENDING, order, order).is_ok() {
+            self.signals.sent.store(true, order);
+            self.signal(signal);
+            state.store(signals::OPEN, order);
+        }
+    }
+
     /// Sends a signal; a world that is gone takes none, which is no error.
     pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: no memory is passed; the pidfd names our child even after its death.
@@ -109,14 +163,31 @@ impl Process {
     }
 }
 
-/// Wakes the one process that waits for this word.
-pub(crate) fn futex_wake(word: &std::sync::atomic::AtomicU32) {
+/// Wakes the one process that waits for this word; false: none does.
+pub(crate) fn futex_wake(word: &AtomicU32) -> bool {
     // SAFETY: the kernel uses only the address of a live word.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) };
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, 1) > 0 }
+}
+
+/// Has the one process that waits for a word with this value wait for another word instead; false: none does.
+pub(crate) fn futex_requeue(word: &AtomicU32, value: u32, other: &AtomicU32) -> bool {
+    // SAFETY: the kernel uses only the addresses of live words, and the value of the first.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_CMP_REQUEUE,
+            0,
+            1usize,
+            other.as_ptr(),
+            value,
+        )
+    };
+    moved > 0
 }
 
 /// Waits while the word holds `value`, at most this long, and not after an interruption. False: the time is over.
-pub(crate) fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeout: &libc::timespec) -> bool {
+pub(crate) fn futex_wait(word: &AtomicU32, value: u32, timeout: &libc::timespec) -> bool {
     // SAFETY: the kernel reads a live word and `timeout`.
     let r = unsafe {
         libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const *timeout)
@@ -129,13 +200,14 @@ pub(crate) fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeou
 pub(crate) struct Objects {
     pub(crate) ram: RawFd,
     pub(crate) code: RawFd,
-    /// The bitmap of watched frames, read-only.
+    /// The bitmap of watched frames, read-only, or a confined world's orders.
     pub(crate) watched: RawFd,
 }
 
 /// What the keeper is asked to do.
-struct Order {
+struct Birth {
     arena: ArenaMap,
+    orders: Option<OrdersMap>,
     objects: Objects,
     answer: Sender<io::Result<Arc<Process>>>,
 }
@@ -143,7 +215,7 @@ struct Order {
 /// The keeper thread's handle. The thread ends when this is dropped and every world has ended.
 #[derive(Debug)]
 pub(crate) struct Keeper {
-    orders: Option<Sender<Order>>,
+    births: Option<Sender<Birth>>,
     bell: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -157,19 +229,28 @@ impl Keeper {
         }
         // SAFETY: `raw` was just returned by eventfd and nobody else owns it.
         let bell = Arc::new(unsafe { OwnedFd::from_raw_fd(raw) });
-        let (orders, inbox) = channel();
+        let (births, inbox) = channel();
         let theirs = Arc::clone(&bell);
         let thread = std::thread::Builder::new()
             .name(String::from("world-keeper"))
             .spawn(move || keep(&inbox, &theirs))?;
-        Ok(Keeper { orders: Some(orders), bell, thread: Some(thread) })
+        Ok(Keeper { births: Some(births), bell, thread: Some(thread) })
     }
 
     /// Spawns a world process. The objects stay open during the call.
-    pub(crate) fn spawn(&self, arena: ArenaMap, objects: Objects) -> io::Result<Arc<Process>> {
+    pub(crate) fn spawn(
+        &self,
+        arena: ArenaMap,
+        orders: Option<OrdersMap>,
+        objects: Objects,
+    ) -> io::Result<Arc<Process>> {
         let gone = || io::Error::other("the world keeper is gone");
         let (answer, result) = channel();
-        self.orders.as_ref().ok_or_else(gone)?.send(Order { arena, objects, answer }).map_err(|_| gone())?;
+        self.births
+            .as_ref()
+            .ok_or_else(gone)?
+            .send(Birth { arena, orders, objects, answer })
+            .map_err(|_| gone())?;
         ring(&self.bell);
         result.recv().map_err(|_| gone())?
     }
@@ -177,7 +258,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.orders = None;
+        self.births = None;
         ring(&self.bell);
         if let Some(thread) = self.thread.take() {
             let _panicked = thread.join();
@@ -191,7 +272,7 @@ fn ring(bell: &OwnedFd) {
     unsafe { libc::write(bell.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
-fn keep(inbox: &Receiver<Order>, bell: &OwnedFd) {
+fn keep(inbox: &Receiver<Birth>, bell: &OwnedFd) {
     let mut alive: Vec<Arc<Process>> = Vec::new();
     let mut open = true;
     while open || !alive.is_empty() {
@@ -207,12 +288,12 @@ fn keep(inbox: &Receiver<Order>, bell: &OwnedFd) {
         alive.retain(|p| !p.bury_if_dead());
         loop {
             match inbox.try_recv() {
-                Ok(order) => {
-                    let made = make(order.arena, order.objects);
+                Ok(birth) => {
+                    let made = make(birth.arena, birth.orders, birth.objects);
                     if let Ok(process) = &made {
                         alive.push(Arc::clone(process));
                     }
-                    let _asker_left = order.answer.send(made);
+                    let _asker_left = birth.answer.send(made);
                 }
                 Err(std::sync::mpsc::TryRecvError::Empty) => break,
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => {
@@ -229,7 +310,7 @@ fn keep(inbox: &Receiver<Order>, bell: &OwnedFd) {
 }
 
 /// Executes this very program as a world.
-fn make(arena: ArenaMap, objects: Objects) -> io::Result<Arc<Process>> {
+fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Result<Arc<Process>> {
     // Reading it keeps the constructor in the program whatever the linker thinks of it.
     // SAFETY: reads an initialised static.
     let _kept = unsafe { (&raw const CONSTRUCTOR).read_volatile() };
@@ -257,6 +338,8 @@ fn make(arena: ArenaMap, objects: Objects) -> io::Result<Arc<Process>> {
         pidfd,
         arena,
         kicked: AtomicBool::new(false),
+        signals: Signals::default(),
+        orders,
         dead: AtomicBool::new(false),
         obituary: Mutex::new(None),
     }))

@@ -34,10 +34,21 @@ impl Guest {
     }
 
     pub(crate) fn on(cpu: Option<usize>) -> Guest {
+        Guest::in_world(cpu, RawEngine::spawn_world)
+    }
+
+    /// In a confined world, with this code at [`CODE`].
+    pub(crate) fn confined(code: &[u8]) -> Guest {
+        let guest = Guest::in_world(None, RawEngine::spawn_confined);
+        guest.put(code);
+        guest
+    }
+
+    fn in_world(cpu: Option<usize>, spawn: impl FnOnce(&RawEngine) -> Result<RawWorld, WorldError>) -> Guest {
         let ram = GuestRam::new(16 << 20).unwrap();
         let code = CodeMemory::new(1 << 20).unwrap();
         let engine = RawEngine::new(&ram, &code, cpu).unwrap();
-        let mut world = engine.spawn_world().unwrap();
+        let mut world = spawn(&engine).unwrap();
         let code_page = code.alloc().unwrap();
         world.map(WorldLin(CODE), 4096, Backing::Code(code_page), Prot::READ | Prot::EXEC).unwrap();
         world.map(WorldLin(DATA), 0x1000, Backing::Ram(0x1000), Prot::READ | Prot::WRITE).unwrap();
@@ -76,6 +87,38 @@ pub(crate) fn gate_jump(reason: u32) -> Vec<u8> {
     c.extend([0x36, 0xff, 0x2d]);
     c.extend((VCPU + GATE).to_le_bytes());
     c
+}
+
+/// `jmp 33h:CODE+7`, then this 64-bit code.
+pub(crate) fn escape(code64: &[u8]) -> Vec<u8> {
+    let mut c = vec![0xea];
+    c.extend((CODE + 7).to_le_bytes());
+    c.extend([0x33, 0]);
+    c.extend(code64);
+    c
+}
+
+/// 64-bit code that finds a `syscall` instruction of the runtime by way of the gate stub and jumps to it. The stub is
+/// `mov [moffs64], eax` (9 bytes), `mov rax, imm64`, `jmp [rax]`; the compiler puts the runtime's functions before its
+/// assembly, so the search goes downwards from there.
+pub(crate) fn runtime_syscall(nr: u32) -> Vec<u8> {
+    let mut c = vec![0xb9];
+    c.extend(STUB.to_le_bytes()); // mov ecx, STUB
+    c.extend([0x48, 0x8b, 0x49, 11]); // mov rcx, [rcx+11]
+    c.extend([0x48, 0x8b, 0x09]); // mov rcx, [rcx]
+    c.extend([0x48, 0xff, 0xc9]); // 1: dec rcx
+    c.extend([0x66, 0x81, 0x39, 0x0f, 0x05]); // cmp word [rcx], 0x050f
+    c.extend([0x75, 0xf6]); // jne 1b
+    c.push(0xb8);
+    c.extend(nr.to_le_bytes()); // mov eax, nr
+    c.extend([0xff, 0xe1]); // jmp rcx
+    c
+}
+
+/// `mov rdi, imm64` and its like: sets one of RDI, RSI, RDX and R10 (0 to 3), the arguments of a system call.
+pub(crate) fn argument(which: usize, value: u64) -> Vec<u8> {
+    let opcode: [[u8; 2]; 4] = [[0x48, 0xbf], [0x48, 0xbe], [0x48, 0xba], [0x49, 0xba]];
+    [&opcode[which][..], &value.to_le_bytes()].concat()
 }
 
 pub(crate) const GP: WorldExit = WorldExit::Fault { vector: 13, error_code: 0, cr2: 0 };
