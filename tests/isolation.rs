@@ -15,9 +15,10 @@ const FORMS: Duration = Duration::from_secs(120);
 /// The program tries more forms than this; fewer means that it was cut short.
 const AT_LEAST: usize = 200;
 
-/// Forms that `docs/decisions/0003` says limits do not stop: segments with a base, numbers of the host's segments, and (0007)
-/// jumps into code of the kernel's that has run.
-const KNOWN_GAPS: [&str; 11] = [
+/// Forms that `docs/decisions/0003` says limits do not stop: segments with a base, numbers of the host's segments, 64-bit code,
+/// and (0007) jumps into code of the kernel's that has run.
+const KNOWN_GAPS: [&str; 12] = [
+    "long_mode",
     "astray",
     "tls_based_gs",
     "tls_based_fs",

@@ -476,6 +476,41 @@ static void go_astray(void)
     must("sleeps_after_all", !r, (u32)r);
 }
 
+/* ---- 64-bit mode ---- */
+
+/* To the host's 64-bit code segment, which bare metal has not, and back. There the runtime of a world that holds the guest's
+ * kernel, too, has all guest RAM (RAM_VA in host-driver-shim/src/raw/arena.rs). The code lies in a page of its own, which is
+ * shown as it is because there is no system call in it. */
+static __attribute__((used, aligned(4096))) u8 long_page[4096];
+extern const u8 long_code[], long_end[];
+__asm__(".text\nlong_code: .byte 0x48, 0xa1; .quad 0x200000000000\n" /* mov rax, [RAM_VA] */
+        ".byte 0x48, 0xa3; .quad 0x200000000000\n"                    /* mov [RAM_VA], rax */
+        ".byte 0xff, 0x2d; .long 0\n"                                 /* jmp far [rip] */
+        ".long come_back; .word 0x23\n"
+        "long_end: nop\n");
+
+/* A child does, which ends by a signal, or comes back from it. */
+static void long_mode(void)
+{
+    for (u32 i = 0; i < 3; i++) {
+        u32 status = ~0u;
+        long child = sys(NR_fork, 0, 0, 0);
+        if (!child) {
+            straying = 1;
+            sys(NR_alarm, 1, 0, 0);
+            memcpy(long_page, long_code, (u32)(long_end - long_code));
+            long_page[64] = 0xc3;
+            /* By a `ret` there the page is there to be executed; in 64-bit mode nobody would answer its fault. */
+            __asm__ volatile("call long_page + 64; ljmp $0x33, $long_page\ncome_back:" : : : "eax", "memory");
+            for (;;) sys(NR_exit, BACK, 0, 0);
+        }
+        long r = child < 0 ? child : sys(NR_waitpid, child, (long)&status, 0);
+        if (child < 0 || r != child) { failed("long_mode", 0x33, "wait", (u32)r); return; }
+        if (status == BACK << 8) { gaps++; begin("gap", "long_mode"); flush(); return; }
+    }
+    ok("long_mode", 3);
+}
+
 /* ---- what must work ---- */
 
 #define WORKS(X) \
@@ -599,6 +634,7 @@ static __attribute__((used)) void start_c(long *stack)
     patience = 1;
     target_count = all;
     go_astray();
+    long_mode();
     what_works(); /* still */
     put("ISOLATION-END "); put_dec(good); put(" "); put_dec(bad); put(" "); put_dec(gaps); flush();
     for (;;) sys(NR_exit, bad != 0, 0, 0);

@@ -627,6 +627,10 @@ impl World for RawWorld {
     }
 
     fn set_fill_rules(&mut self, rules: &FillRules) {
+        if self.process.orders.is_some() {
+            // It has nothing to fill with, nor to look at guest code.
+            return;
+        }
         self.process.arena.set_fill_rules(rules);
     }
 
@@ -667,10 +671,14 @@ impl World for RawWorld {
     }
 
     fn can_guard(&self) -> bool {
-        true
+        // A confined world's timer would wake it.
+        self.process.orders.is_none()
     }
 
     fn set_guard(&mut self, guard: &Guard) {
+        if !self.can_guard() {
+            return;
+        }
         self.process.arena.set_guard(guard);
     }
 

@@ -157,6 +157,10 @@ pub trait Engine {
     fn can_guard(&self) -> bool {
         false
     }
+    /// And in the run to come, too.
+    fn guards(&self, _cpu: &CpuState) -> bool {
+        self.can_guard()
+    }
     /// What it has counted, for reports.
     fn gauges(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -346,6 +350,12 @@ impl Engines {
     #[must_use]
     pub fn can_guard(&self) -> bool {
         self.shuffle.is_none() && self.list.get(self.preferred).is_some_and(|e| e.can_guard())
+    }
+
+    /// The engine of this number watches the time by itself in the run to come.
+    #[must_use]
+    pub fn guards(&self, number: usize, cpu: &CpuState) -> bool {
+        self.list.get(number).is_some_and(|e| e.guards(cpu))
     }
 
     /// What the engines have counted, for reports.

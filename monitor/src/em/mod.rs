@@ -445,13 +445,12 @@ impl Em {
                         return;
                     }
                 }
+                if self.m.guard().is_some() && !self.engines.guards(number, &self.cpu) {
+                    self.dozes = false;
+                    self.m.devices_touched = true;
+                    return;
+                }
                 if let Next::Instead(_, reason) = next {
-                    if self.m.guard().is_some() {
-                        // This one cannot.
-                        self.dozes = false;
-                        self.m.devices_touched = true;
-                        return;
-                    }
                     let kind = self.engines.kind(number);
                     *self.refusals.entry((kind, reason.name())).or_default() += 1;
                 }
@@ -769,6 +768,7 @@ impl Em {
             self.account.set_gauge("data_pages_mapped", data as u64);
             self.account.set_gauge("code_pages_mapped", code as u64);
             self.account.set_gauge("reservations_moved", raw.moves);
+            self.account.set_gauge("ring_3_worlds_broken", raw.broken_worlds);
             let c = raw.kernel_code.counts;
             let (pages, instructions) = raw.kernel_code.sizes();
             self.account.set_gauge("code_pages_copied", pages as u64);

@@ -513,6 +513,8 @@ impl RawEngine {
             if let Place::Kernel(number) = place {
                 // The world could have delivered it; perhaps the gate is another one now.
                 this.retract_transitions(number);
+            } else {
+                this.refill = Some((lin, code & pf::WRITE != 0)).filter(|_| code & pf::FETCH == 0);
             }
             after(this, Cause::GuestFault, After::Deliver(Event::Exception(Trap::pf(code, lin.0))))
         };

@@ -20,6 +20,24 @@ impl RawEngine {
         Ok(())
     }
 
+    /// Ring 3 goes on in a world of its own: maps the page of the fault the guest's handler has just answered, for which it
+    /// would fault again.
+    pub(super) fn refill(&mut self, cpu: &CpuState, m: &mut Machine, place: Place) -> Result<(), RawError> {
+        let Some((lin, write)) = self.refill.take() else { return Ok(()) };
+        let layout = self.layout;
+        let access = Access { write, fetch: false, privilege: Privilege::User };
+        let Ok(leaf) = walk(m, cpu, lin, access) else { return Ok(()) };
+        let space = self.space(place);
+        let there = space.data.get(lin);
+        let plain = m.is_ram(leaf.frame)
+            && !(write && m.is_tracked((leaf.frame.0 >> 12) as u32))
+            && layout.data(lin).0 >= LOW_LIMIT
+            && !layout.is_engines(layout.data(lin))
+            && !space.code.get(layout.code_in_place_of(lin.page_base())).mapped()
+            && !(there.mapped() && (!write || there.host_write()));
+        if plain { self.fill(cpu, m, place, lin, leaf) } else { Ok(()) }
+    }
+
     pub(super) fn map_user_code(
         &mut self,
         m: &mut Machine,

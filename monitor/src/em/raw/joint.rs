@@ -96,7 +96,7 @@ impl RawEngine {
         let i = match self.users.iter().position(|s| s.role == role) {
             Some(i) => i,
             None if self.users.len() < MAX_USER_SPACES => {
-                self.users.push(Space::new(self.host.spawn()?, role));
+                self.users.push(Space::new(self.host.spawn_for_users()?, role));
                 self.users.len() - 1
             }
             None => {

@@ -230,6 +230,10 @@ enum Place {
 pub trait Worlds {
     /// A new world with nothing mapped.
     fn spawn(&self) -> Result<Box<dyn World>, WorldError>;
+    /// The same for guest ring 3 alone, whose code may be hostile.
+    fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
+        self.spawn()
+    }
     /// Worlds made from here on are bound to this host CPU.
     fn set_cpu(&self, cpu: usize);
     /// For how many address spaces at most the host is asked for worlds of their own.
@@ -253,6 +257,9 @@ pub trait Worlds {
 impl Worlds for raw::RawEngine {
     fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
         Ok(Box::new(self.spawn_world()?))
+    }
+    fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
+        Ok(Box::new(self.spawn_confined()?))
     }
     fn set_cpu(&self, cpu: usize) {
         raw::RawEngine::set_cpu(self, cpu);
@@ -336,6 +343,10 @@ pub struct RawEngine {
     ticks: u64,
     /// How often reservations moved.
     pub moves: u64,
+    /// Worlds of ring 3 that its code has broken.
+    pub broken_worlds: u64,
+    /// The page of ring 3 whose fault the guest was last told, to be mapped on its way back.
+    refill: Option<(GuestLin, bool)>,
 }
 
 /// The vCPU page of a world as PATM's fixes see it.
@@ -409,6 +420,8 @@ impl RawEngine {
             last_run: (0, 0),
             ticks: 0,
             moves: 0,
+            broken_worlds: 0,
+            refill: None,
         };
         engine.furnish(0)?;
         Ok(engine)
@@ -578,7 +591,14 @@ impl RawEngine {
             self.kick.set(Some(kicker));
             self.kicking = Some(place);
         }
+        if m.guard().is_some() && !self.space(place).world.can_guard() {
+            // This one cannot watch the time: the monitor does.
+            return Ok(After::Kicked);
+        }
         self.catch_up(place, cpu, m)?;
+        if matches!(place, Place::User(_)) {
+            self.refill(cpu, m, place)?;
+        }
         let whose = match cpu.cpl {
             3 => {
                 let joint = self.boundary.filter(|_| matches!(place, Place::Kernel(_)));
@@ -639,6 +659,9 @@ impl RawEngine {
                 log::warn!("a world could not load the guest's state: {why}");
                 return Ok(After::Interpret);
             }
+            Err(WorldError::Died(why)) if matches!(place, Place::User(_)) => {
+                return self.ring3_broke_its_world(place, cpu, &why);
+            }
             Err(e) => return Err(e.into()),
         };
         if exit == WorldExit::Kick {
@@ -653,6 +676,26 @@ impl RawEngine {
                 self.read_back_user(cpu, m, place, &regs, expected, exit)
             }
         }
+    }
+
+    /// A world of ring 3 alone is gone: it gets another one, and the guest a #GP of the code that ran there, at the last place
+    /// known. What does that natively is nothing a guest could do on bare metal.
+    fn ring3_broke_its_world(&mut self, place: Place, cpu: &CpuState, why: &str) -> Result<After, RawError> {
+        log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
+        let fresh = Space::new(self.host.spawn_for_users()?, self.space(place).role);
+        *self.space(place) = fresh;
+        self.space(place).last_used = self.clock;
+        (self.fpu_in, self.kicking) = (None, None);
+        self.kick.set(None);
+        self.broken_worlds += 1;
+        self.last = ExitRecord {
+            cause: Cause::GuestFault,
+            route: Route::Signal,
+            eip: cpu.eip,
+            cpl: 3,
+            raw: WorldExit::Fault { vector: Trap::gp(0).vector, error_code: 0, cr2: 0 }.into(),
+        };
+        Ok(After::Deliver(Event::Exception(Trap::gp(0))))
     }
 
     /// Follows the flush that a space has missed.
@@ -766,6 +809,9 @@ impl Engine for RawEngine {
     fn can_guard(&self) -> bool {
         self.kernels.first().is_some_and(|space| space.world.can_guard())
     }
+    fn guards(&self, cpu: &CpuState) -> bool {
+        cpu.cpl != 3 || self.isolation != Isolation::Strict && self.users.iter().all(|s| s.world.can_guard())
+    }
     fn as_raw(&self) -> Option<&RawEngine> {
         Some(self)
     }
@@ -833,8 +879,10 @@ mod tests {
         let (mut engine, mut m) = (engine(&[|_| ()]), machine(1));
         engine.kick_target().kick();
         assert_eq!(engine.run(&mut flat(0), &mut m, false).unwrap(), After::Kicked);
-        // And it is over with that: the ring-3 world follows its (empty) script.
-        assert!(engine.run(&mut flat(3), &mut m, false).is_err());
+        // And it is over with that: the ring-3 world follows its (empty) script, which is its end.
+        let after = engine.run(&mut flat(3), &mut m, false).unwrap();
+        assert_eq!(after, After::Deliver(Event::Exception(Trap::gp(0))));
+        assert_eq!((engine.users.len(), engine.broken_worlds), (1, 1));
     }
 
     #[test]
