@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub(crate) struct SharedMap {
     base: NonNull<u8>,
     len: usize,
+    /// Where in the object the mapping begins.
+    start: u64,
     fd: OwnedFd,
 }
 
@@ -73,7 +75,34 @@ impl SharedMap {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))?;
-        Ok(SharedMap { base, len, fd })
+        Ok(SharedMap { base, len, start: 0, fd })
+    }
+
+    /// A mapping of its own of the `len` bytes at `offset`, with a descriptor of the whole object.
+    pub(crate) fn part(&self, offset: u64, len: usize) -> io::Result<SharedMap> {
+        let fine = offset.is_multiple_of(4096) && len.is_multiple_of(4096) && len > 0;
+        let off = libc::off_t::try_from(offset).ok().filter(|_| fine && self.at(offset, len).is_some());
+        let off = off.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: our descriptor is open; fcntl touches no memory of ours.
+        let raw = unsafe { libc::fcntl(self.fd(), libc::F_DUPFD_CLOEXEC, 16) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `raw` was just returned by fcntl and nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours; the object is that large.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, rights, libc::MAP_SHARED, raw, off) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))?;
+        Ok(SharedMap { base, len, start: offset, fd })
+    }
+
+    /// Where in the object the mapping begins.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
     }
 
     /// Where it is mapped in this process, for the kernel (KVM's memory slots).
@@ -184,7 +213,8 @@ impl SharedMap {
         if self.at(offset, len).is_none() || !offset.is_multiple_of(4096) || !len.is_multiple_of(4096) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let (Ok(off), Ok(n)) = (libc::off_t::try_from(offset), libc::off_t::try_from(len)) else {
+        let place = self.start.saturating_add(offset);
+        let (Ok(off), Ok(n)) = (libc::off_t::try_from(place), libc::off_t::try_from(len)) else {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         };
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

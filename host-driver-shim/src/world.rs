@@ -79,6 +79,9 @@ pub enum WorldExit {
     Syscall,
     /// Somebody called [`Kicker::kick`].
     Kick,
+    /// A world of ring 0 has entered the confined world it may ([`UsersRules`]), and that one's exit is to be
+    /// [taken](World::take_exit).
+    Users,
 }
 
 /// How the worlds of an engine want their segments.
@@ -249,6 +252,30 @@ pub struct DeliveryRules {
     pub user_ss_host: u32,
 }
 
+/// How the world of ring 0 may enter a confined world of ring 3 by itself, and what it may do with a system call that ends that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct UsersRules {
+    /// The number of its cell, plus 1; 0: it may not.
+    pub cell: u32,
+    /// Vector of the system call.
+    pub vector: u32,
+    /// Its gate.
+    pub gate: DeliveryRules,
+    /// Ring 3's CS selector as the guest sees it.
+    pub cs: u32,
+    /// Its descriptor.
+    pub cs_descriptor: Table,
+    /// The host selector for it.
+    pub cs_host: u32,
+    /// The same for SS.
+    pub ss: u32,
+    /// Its descriptor.
+    pub ss_descriptor: Table,
+    /// The host selector for it.
+    pub ss_host: u32,
+}
+
 /// An event of ring 3 that has no more to it than a gate of the guest's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reflected {
@@ -275,6 +302,8 @@ pub enum QuickKind {
     Out = 3,
     /// `hlt`: sleep until the timer's tick and deliver it, see [`Guard`]. `resume` is the guest EIP behind it.
     Halt = 4,
+    /// `iret`, if it is to ring 3: see [`UsersRules`].
+    ToUsers = 5,
 }
 
 /// A site that a world may do by itself when its trampoline leaves by the gate.
@@ -442,6 +471,23 @@ pub trait World {
     /// rules differ in their gates only, and the first ones are the most wanted. A world that cannot do that, or whose
     /// trampolines do, ignores it.
     fn set_reflections(&mut self, _events: &[(Reflected, DeliveryRules)]) {}
+    /// The number of its cell, if this world is a confined one that others may enter by themselves.
+    fn cell(&self) -> Option<u32> {
+        None
+    }
+    /// Lets this world of ring 0 enter a confined one by itself from the next run on. What queued commands do to that one is
+    /// done ([`World::settle`]), and it is not run by the caller meanwhile.
+    fn set_users(&mut self, _rules: &UsersRules) {}
+    /// Carries out queued commands now.
+    fn settle(&mut self) -> Result<(), WorldError> {
+        Ok(())
+    }
+    /// After [`WorldExit::Users`] of another world: what [`World::run`] of this one would have yielded.
+    fn take_exit(&mut self, _regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        Err(WorldError::Died(String::from("nobody enters this world by itself")))
+    }
+    /// A kick that has been answered elsewhere is no exit of this world any more.
+    fn forget_kick(&mut self) {}
     /// How many of those the world says it has sent, ever (wraps).
     fn reflected(&self) -> u32 {
         0

@@ -105,15 +105,20 @@ fn the_guests_thread_has_no_descriptor_and_the_mapper_what_it_needs() {
         found.push(links);
     }
     found.sort();
-    let mappers = ["arena", "code", "orders", "ram"].map(|name| format!("/memfd:subring-{name}"));
+    let mappers = ["cells", "cells", "code", "ram"].map(|name| format!("/memfd:subring-{name}"));
     assert_eq!(found, [Vec::new(), mappers.to_vec()]);
     let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
-    for line in maps.lines().filter(|line| line.contains("memfd")) {
-        assert!(
-            line.contains("rw-s") && line.contains("arena")
-                || line.contains("r--s") && line.contains("orders")
-        );
-    }
+    // Its arena, and the orders, which follow it in memory.
+    let mut memory = maps.lines().filter(|line| line.contains("memfd")).map(|line| {
+        let mut words = line.split_whitespace();
+        let (range, rights, offset) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let hex = |s| u64::from_str_radix(s, 16).unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        (rights, hex(offset), hex(end) - hex(start))
+    });
+    let (arena, orders) = (memory.next().unwrap(), memory.next().unwrap());
+    assert_eq!((arena.0, orders.0, memory.next()), ("rw-s", "r--s", None));
+    assert_eq!(arena.1 + arena.2, orders.1);
 }
 
 /// mov eax, [DATA]; mov dword [DATA], 55667788h; hlt

@@ -10,10 +10,12 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::fill::FillArea;
+use super::orders::Orders;
 use super::rc_cpuid::CpuidTable;
 use super::rc_doze::DozeArea;
 use super::rc_port::PortArea;
 use super::rc_quick::QUICK;
+use super::rc_users::UsersArea;
 use crate::shared::{SharedMap, copy};
 use crate::world::{DeliveryRules, HwRegs, Quick};
 
@@ -36,6 +38,9 @@ pub(crate) const WINDOWS_VA: u64 = ARENA_VA + 0x5000_0000;
 
 /// The orders of a confined world's mapper, read-only ([`super::orders`]).
 pub(crate) const ORDERS_VA: u64 = ARENA_VA + 0x6000_0000;
+
+/// In a world of ring 0 that may enter confined worlds by itself: all [`Cell`]s ([`super::rc_users`]).
+pub(crate) const CELLS_VA: u64 = ARENA_VA + 0x7000_0000;
 
 /// How many commands fit.
 pub(crate) const COMMANDS: usize = 1024;
@@ -72,6 +77,8 @@ pub(crate) mod exit_kind {
     pub(crate) const GATE: u32 = 5;
     pub(crate) const SYSCALL: u32 = 6;
     pub(crate) const KICK: u32 = 7;
+    /// In the world of ring 0: the confined world it entered has left guest code, and that is for the monitor.
+    pub(crate) const USERS: u32 = 8;
 }
 
 /// What a world does before it enters the guest: the value of [`Command::op`].
@@ -94,6 +101,8 @@ pub(crate) const ARENA_FD: i32 = 5;
 pub(crate) const WATCHED_FD: i32 = 6;
 /// In a confined world, the orders, in the mapper's hands alone.
 pub(crate) const ORDERS_FD: i32 = 6;
+/// All cells. Closed once they are mapped.
+pub(crate) const CELLS_FD: i32 = 7;
 
 /// One command, see [`op`].
 #[derive(Clone, Copy, Default, Debug)]
@@ -133,6 +142,18 @@ pub(crate) struct Page(pub(crate) [u8; 4096]);
 /// How many BPF instructions the jail's filter may have.
 pub(crate) const FILTER_MAX: usize = 256;
 
+/// How many confined worlds there may be at a time, those that are about to end included.
+pub(crate) const CELLS: usize = 48;
+
+/// What belongs to one confined world.
+#[repr(C)]
+pub(crate) struct Cell {
+    pub(crate) arena: Arena,
+    pub(crate) orders: Orders,
+}
+
+const _: () = assert!(size_of::<Cell>() == size_of::<Arena>() + size_of::<Orders>());
+
 /// The shared memory. Everything in it is only ever accessed atomically, by assembly, or by raw copies.
 #[repr(C, align(4096))]
 pub(crate) struct Arena {
@@ -158,6 +179,8 @@ pub(crate) struct Arena {
     pub(crate) trap_tsc: AtomicU32,
     /// Set-up: non-zero for a confined world, see [`super::mapper`].
     pub(crate) confined: AtomicU32,
+    /// Set-up: non-zero for a world that may enter confined ones by itself, see [`super::rc_users`].
+    pub(crate) master: AtomicU32,
     /// Set-up: the mapper's thread id, once it is there.
     pub(crate) mapper: AtomicU32,
     /// Set-up: number of BPF instructions in `filters`.
@@ -168,6 +191,7 @@ pub(crate) struct Arena {
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
     pub(crate) delivery: DeliveryRules,
+    pub(crate) users: UsersArea,
     pub(crate) quick: [Quick; QUICK],
     pub(crate) ports: PortArea,
     pub(crate) doze: DozeArea,
@@ -208,6 +232,17 @@ pub(crate) struct ArenaMap(SharedMap);
 impl ArenaMap {
     pub(crate) fn new() -> io::Result<ArenaMap> {
         Ok(ArenaMap(SharedMap::new(c"subring-arena", size_of::<Arena>())?))
+    }
+
+    /// The one in cell `number`.
+    pub(crate) fn in_cell(cells: &SharedMap, number: usize) -> io::Result<ArenaMap> {
+        let at = number * size_of::<Cell>() + offset_of!(Cell, arena);
+        Ok(ArenaMap(cells.part(at as u64, size_of::<Arena>())?))
+    }
+
+    /// Where it begins in its memory object.
+    pub(crate) fn start(&self) -> u64 {
+        self.0.start()
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -341,6 +376,7 @@ impl Word {
     pub(crate) const TRAP_TSC: Word = Word(offset_of!(Arena, trap_tsc));
     pub(crate) const CPUID_FAULTS: Word = Word(offset_of!(Arena, cpuid_faults));
     pub(crate) const CONFINED: Word = Word(offset_of!(Arena, confined));
+    pub(crate) const MASTER: Word = Word(offset_of!(Arena, master));
     pub(crate) const MAPPER: Word = Word(offset_of!(Arena, mapper));
     pub(crate) const FILTER_LEN: Word = Word(offset_of!(Arena, filter_len));
     pub(crate) const MAPPER_FILTER_LEN: Word = Word(offset_of!(Arena, filter_len) + 4);

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use super::arena::{Arena, ArenaMap};
 use super::rc_cpuid::{CpuidTable, ROWS};
 use super::rc_quick::QUICK;
-use crate::world::{CpuidRow, DeliveryRules, Fill, FillRules, Quick, WorldLin};
+use crate::world::{CpuidRow, DeliveryRules, Fill, FillRules, Quick, UsersRules, WorldLin};
 
 /// Pages of a world.
 const PAGES: u32 = 1 << 20;
@@ -195,6 +195,21 @@ impl ArenaMap {
             let to = self.shared().base().as_ptr().add(at);
             crate::shared::copy((&raw const *rules).cast(), to, size_of::<DeliveryRules>());
         }
+    }
+
+    pub(crate) fn set_users(&self, rules: &UsersRules) {
+        let at = offset_of!(Arena, users.rules);
+        // SAFETY: both sides are one UsersRules; the destination is inside the mapping.
+        unsafe {
+            let to = self.shared().base().as_ptr().add(at);
+            crate::shared::copy((&raw const *rules).cast(), to, size_of::<UsersRules>());
+        }
+        let _in_range = self.shared().write_u32(offset_of!(Arena, users.stale) as u64, 0);
+    }
+
+    /// How many system calls of a confined world's the world says it has sent to the guest's handler, ever.
+    pub(crate) fn calls(&self) -> u32 {
+        self.shared().read_u32(offset_of!(Arena, users.calls) as u64).unwrap_or(0)
     }
 
     /// How many page faults the world says it has delivered, ever.

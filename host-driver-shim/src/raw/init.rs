@@ -8,8 +8,9 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
-    ARENA_FD, ARENA_VA, Arena, FILTER_MAX, ORDERS_FD, ORDERS_VA, RAM_FD, RAM_VA, SIGNAL_STACK_SIZE,
-    SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA, exit_kind,
+    ARENA_FD, ARENA_VA, Arena, CELLS, CELLS_FD, CELLS_VA, Cell, FILTER_MAX, ORDERS_FD, ORDERS_VA, RAM_FD,
+    RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA,
+    exit_kind,
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
 use super::orders::Orders;
@@ -63,11 +64,9 @@ extern "C" fn become_world_if_asked() {
         return;
     }
     // SAFETY: getenv returned a valid C string.
-    if unsafe { CStr::from_ptr(value) } != WORLD_VALUE {
-        return;
-    }
+    let Some(cell) = cell_named(unsafe { CStr::from_ptr(value) }.to_bytes()) else { return };
     let mut step = 1;
-    if set_up(&mut step).is_ok() {
+    if set_up(cell, &mut step).is_ok() {
         // SAFETY: set-up is complete: arena and stack are mapped and the handlers are in place.
         unsafe { subring_rc_leave() }
     }
@@ -82,6 +81,15 @@ extern "C" fn become_world_if_asked() {
     die(death::SETUP)
 }
 
+/// Where in its memory object the arena of the world named is: at 0, or [`WORLD_VALUE`] is followed by the number of a cell.
+fn cell_named(value: &[u8]) -> Option<u64> {
+    let digits = value.strip_prefix(WORLD_VALUE.to_bytes())?;
+    let number = digits.iter().try_fold(0u64, |n, digit| {
+        digit.is_ascii_digit().then(|| n.wrapping_mul(10).wrapping_add(u64::from(digit - b'0')))
+    })?;
+    Some(number.wrapping_mul(size_of::<Cell>() as u64))
+}
+
 /// A step failed, errno says why.
 pub(super) struct Refused;
 
@@ -89,18 +97,23 @@ fn check(fine: bool) -> Result<(), Refused> {
     if fine { Ok(()) } else { Err(Refused) }
 }
 
-fn set_up(step: &mut u32) -> Result<(), Refused> {
-    map_fixed(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, ARENA_FD)?;
+fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
+    map_part(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, (ARENA_FD, cell))?;
     *step = 2;
     // SAFETY: the arena is mapped.
     let confined = unsafe { (*arena()).confined.load(Acquire) } != 0;
     if confined {
-        map_fixed(ORDERS_VA, size_of::<Orders>() as u64, libc::PROT_READ, libc::MAP_SHARED, ORDERS_FD)?;
+        let orders = (ORDERS_FD, cell + offset_of!(Cell, orders) as u64);
+        map_part(ORDERS_VA, size_of::<Orders>() as u64, libc::PROT_READ, libc::MAP_SHARED, orders)?;
     } else {
         // SAFETY: the arena is mapped.
         let pages = u64::from(unsafe { (*arena()).fill.ram_pages.load(Acquire) });
         map_fixed(RAM_VA, pages << 12, READ_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE, RAM_FD)?;
         map_fixed(WATCHED_VA, watched_size(pages), libc::PROT_READ, libc::MAP_SHARED, WATCHED_FD)?;
+        // SAFETY: the arena is mapped.
+        if unsafe { (*arena()).master.load(Acquire) } != 0 {
+            map_fixed(CELLS_VA, (CELLS * size_of::<Cell>()) as u64, READ_WRITE, libc::MAP_SHARED, CELLS_FD)?;
+        }
     }
     let own = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     map_fixed(
@@ -180,7 +193,7 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
     *step = 12;
     if confined {
         // SAFETY: the runtime's stack is used first by `subring_rc_leave`.
-        check(unsafe { mapper::start() })?;
+        check(unsafe { mapper::start(cell) })?;
         // The mapper has its own table of them.
         // SAFETY: closes descriptors nothing in this thread uses any more.
         check(unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0)?;
@@ -194,9 +207,15 @@ fn set_up(step: &mut u32) -> Result<(), Refused> {
 }
 
 fn map_fixed(at: u64, len: u64, prot: i32, flags: i32, fd: i32) -> Result<(), Refused> {
+    map_part(at, len, prot, flags, (fd, 0))
+}
+
+fn map_part(at: u64, len: u64, prot: i32, flags: i32, (fd, offset): (i32, u64)) -> Result<(), Refused> {
     let at: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(at as usize);
     // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping.
-    let got = unsafe { libc::mmap(at, len as usize, prot, flags | libc::MAP_FIXED_NOREPLACE, fd, 0) };
+    let got = unsafe {
+        libc::mmap(at, len as usize, prot, flags | libc::MAP_FIXED_NOREPLACE, fd, offset as libc::off_t)
+    };
     check(got == at)
 }
 

@@ -9,7 +9,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::arena::{ARENA_VA, Arena, ORDERS_FD, ORDERS_VA, STACK_TOP};
+use super::arena::{ARENA_VA, Arena, Cell, ORDERS_FD, ORDERS_VA, STACK_TOP};
 use super::init::install_filter;
 use super::orders::{ORDERS, Order, Orders};
 use super::rc::{arena, death, die, syscall};
@@ -18,8 +18,11 @@ std::arch::global_asm!(
     ".text",
     ".hidden subring_mapper",
     ".globl subring_mapper",
-    "subring_mapper:", // edi: the thread's number, which tells the other one that the stack is its own again
+    // edi: the thread's number, which tells the other one that the stack is its own again; rsi: where the orders are in their
+    // memory object
+    "subring_mapper:",
     "xor esp, esp",
+    "mov rbp, rsi",
     "mov rax, {mapper_va}",
     "mov [rax], edi",
     "mov r12, {orders_va}", // r12: the orders; r13d: those carried out; r14d: how many are left; r15: the next one
@@ -59,14 +62,14 @@ std::arch::global_asm!(
     "5:",
     "xor ebx, ebx",
     "lea rsi, [r15 + {name}]",
-    "mov r10d, {failed}",
+    "lea r10, [rbp + {failed}]",
     "mov edi, {orders_fd}",
     "mov edx, 4",
     "mov eax, {pwrite}",
     "syscall",
     "6:",
     "lea rsi, [r12 + {go}]",
-    "mov r10d, {done}",
+    "lea r10, [rbp + {done}]",
     "mov edi, {orders_fd}",
     "mov edx, 4",
     "mov eax, {pwrite}",
@@ -75,7 +78,7 @@ std::arch::global_asm!(
     "test ebx, ebx",
     "jz 7f",
     "lea rsi, [r12 + {wakes}]",
-    "mov r10d, {signals}",
+    "lea r10, [rbp + {signals}]",
     "mov edi, {orders_fd}",
     "mov edx, 4",
     "mov eax, {pwrite}",
@@ -117,19 +120,19 @@ std::arch::global_asm!(
 
 unsafe extern "C" {
     /// What the thread `tid` does for the rest of its life.
-    fn subring_mapper(tid: u32) -> !;
+    fn subring_mapper(tid: u32, orders: u64) -> !;
 }
 
-/// Starts the mapper and waits until it needs no memory any more but the orders. False: the host refused.
+/// Starts the mapper of the cell at this offset in its memory object, and waits until it needs no memory any more but the orders. False: the host refused.
 ///
 /// # Safety
 /// Only in a world that is being set up, which uses its runtime's stack for nothing yet.
-pub(super) unsafe fn start() -> bool {
+pub(super) unsafe fn start(cell: u64) -> bool {
     let stack = std::ptr::with_exposed_provenance_mut(STACK_TOP as usize);
     let flags =
         libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
     // SAFETY: by contract nothing else uses the stack; the thread needs nothing of this one's.
-    if unsafe { libc::clone(main, stack, flags, std::ptr::null_mut()) } < 0 {
+    if unsafe { libc::clone(main, stack, flags, std::ptr::with_exposed_provenance_mut(cell as usize)) } < 0 {
         return false;
     }
     // SAFETY: in a world the arena is mapped; its words are atomics.
@@ -140,7 +143,7 @@ pub(super) unsafe fn start() -> bool {
     true
 }
 
-extern "C" fn main(_: *mut libc::c_void) -> i32 {
+extern "C" fn main(cell: *mut libc::c_void) -> i32 {
     let all = u64::MAX;
     let blocked = (&raw const all).expose_provenance() as u64;
     // SAFETY: the kernel reads 8 bytes; a thread that shares its memory but has no signal stack must take no signal.
@@ -152,6 +155,6 @@ extern "C" fn main(_: *mut libc::c_void) -> i32 {
     // SAFETY: gettid touches no memory. The assembly says that it is ready when it needs the stack no more.
     unsafe {
         let tid = syscall(libc::SYS_gettid, 0, 0, 0, 0, 0, 0);
-        subring_mapper(tid as u32)
+        subring_mapper(tid as u32, (cell.addr() + offset_of!(Cell, orders)) as u64)
     }
 }

@@ -26,23 +26,28 @@ mod rc_doze;
 mod rc_fill;
 mod rc_port;
 mod rc_quick;
+mod rc_users;
 pub mod rc_walk;
 pub(crate) mod rc_window;
 mod signal;
 mod spawn;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::code_memory::CodeMemory;
 use crate::ram::GuestRam;
+use crate::shared::SharedMap;
 use crate::world::{
     Backing, CpuidRow, DeliveryRules, Fill, FillRules, Guard, HostSegment, HwRegs, Kicker, PORT_ROWS,
-    PortRow, PortWrite, Prot, QUICK_SITES, Quick, World, WorldError, WorldExit, WorldLin, initial_fx,
+    PortRow, PortWrite, Prot, QUICK_SITES, Quick, UsersRules, World, WorldError, WorldExit, WorldLin,
+    initial_fx,
 };
-use arena::{ARENA_FD, ArenaMap, CODE_FD, COMMANDS, Command, RAM_FD, Word, exit_kind, op, request, turn};
+use arena::{
+    ARENA_FD, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, RAM_FD, Word, exit_kind, op, request, turn,
+};
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
 pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
@@ -96,6 +101,10 @@ struct Engine {
     trap_tsc: AtomicBool,
     filters: Filters,
     keeper: Keeper,
+    /// Those of confined worlds.
+    cells: SharedMap,
+    /// Whose they are.
+    tenants: Mutex<Vec<Option<Arc<Process>>>>,
 }
 
 impl RawEngine {
@@ -110,6 +119,9 @@ impl RawEngine {
             trap_tsc: AtomicBool::new(false),
             filters,
             keeper,
+            cells: SharedMap::new(c"subring-cells", CELLS * size_of::<Cell>())
+                .map_err(host("making the memory of confined worlds"))?,
+            tenants: Mutex::new(vec![None; CELLS]),
         })))
     }
 
@@ -125,20 +137,47 @@ impl RawEngine {
 
     /// Makes a world, ready to run, with nothing mapped.
     pub fn spawn_world(&self) -> Result<RawWorld, WorldError> {
-        self.spawn(None)
+        self.spawn(Kind::Plain)
+    }
+
+    /// The same, one that may enter confined worlds by itself if told so.
+    pub fn spawn_master(&self) -> Result<RawWorld, WorldError> {
+        self.spawn(Kind::Master)
     }
 
     /// Makes a confined world: one whose guest code reaches nothing but what is mapped for it, even in 64-bit mode. It answers
     /// nothing by itself.
     pub fn spawn_confined(&self) -> Result<RawWorld, WorldError> {
-        let orders = OrdersMap::new().map_err(host("making the memory for a mapper's orders"))?;
-        self.spawn(Some(orders))
+        let start = Instant::now();
+        // Those that have ended leave theirs when they are gone.
+        let number = loop {
+            let free = |tenant: &Option<Arc<Process>>| tenant.as_ref().is_none_or(|p| p.is_dead());
+            if let Some(number) = self.0.tenants().iter().position(free) {
+                break number;
+            }
+            if start.elapsed() > BIRTH {
+                let source = io::Error::other("there are too many");
+                return Err(WorldError::Host { what: "making a confined world", source });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        self.spawn(Kind::Confined(number))
     }
 
-    fn spawn(&self, orders: Option<OrdersMap>) -> Result<RawWorld, WorldError> {
+    fn spawn(&self, kind: Kind) -> Result<RawWorld, WorldError> {
         let engine = &self.0;
-        let arena = ArenaMap::new().map_err(host("making a world's arena"))?;
-        let fits = match orders {
+        let failed = "making a world's memory";
+        let (arena, orders, cell) = match kind {
+            Kind::Confined(number) => {
+                let arena = ArenaMap::in_cell(&engine.cells, number).map_err(host(failed))?;
+                let orders = OrdersMap::in_cell(&engine.cells, number).map_err(host(failed))?;
+                let at = (number * size_of::<Cell>()) as u64;
+                engine.cells.discard(at, size_of::<Cell>()).map_err(host(failed))?;
+                (arena, Some(orders), Some(number))
+            }
+            _ => (ArenaMap::new().map_err(host(failed))?, None, None),
+        };
+        let fits = match cell {
             None => arena.set_filter(0, &engine.filters.plain),
             Some(_) => {
                 arena.set_filter(0, &engine.filters.confined) && arena.set_filter(1, &engine.filters.mapper)
@@ -149,17 +188,25 @@ impl RawEngine {
         }
         arena.set(Word::MONITOR_PID, std::process::id());
         arena.set(Word::TRAP_TSC, u32::from(engine.trap_tsc.load(Ordering::Relaxed)));
-        arena.set(Word::CONFINED, u32::from(orders.is_some()));
-        if orders.is_none() {
+        arena.set(Word::CONFINED, u32::from(cell.is_some()));
+        arena.set(Word::MASTER, u32::from(kind == Kind::Master));
+        if cell.is_none() {
             arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
         }
         arena.set(Word::TURN, turn::WORLD);
         let objects = Objects {
             ram: engine.ram.shared().fd(),
             code: engine.code.world_fd(),
-            watched: orders.as_ref().map_or(engine.ram.watched_fd(), OrdersMap::fd),
+            watched: if cell.is_some() { engine.cells.fd() } else { engine.ram.watched_fd() },
+            cells: (kind == Kind::Master).then(|| engine.cells.fd()),
+            cell,
         };
         let process = engine.keeper.spawn(arena, orders, objects).map_err(host("spawning a world"))?;
+        if let Some(number) = cell
+            && let Some(tenant) = engine.tenants().get_mut(number)
+        {
+            *tenant = Some(Arc::clone(&process));
+        }
         let mut world = RawWorld {
             kicker: Arc::new(RawKicker(Arc::clone(&process))),
             process,
@@ -171,6 +218,8 @@ impl RawEngine {
             finished: false,
             answered: 0,
             mapper: None,
+            cell,
+            entered: None,
         };
         let cpu = engine.cpu.load(Ordering::Relaxed);
         if cpu != UNBOUND {
@@ -190,6 +239,21 @@ impl RawEngine {
         }
         world.cpuid_faults = world.process.arena.get(Word::CPUID_FAULTS) == 1;
         Ok(world)
+    }
+}
+
+/// What a world is to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Master,
+    /// In this cell.
+    Confined(usize),
+}
+
+impl Engine {
+    fn tenants(&self) -> MutexGuard<'_, Vec<Option<Arc<Process>>>> {
+        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -224,13 +288,15 @@ pub struct RawWorld {
     answered: u32,
     /// The mapper's thread id, of a confined world.
     mapper: Option<libc::pid_t>,
+    /// The number of a confined world's cell.
+    cell: Option<usize>,
+    /// The cell of the confined world this one may enter by itself.
+    entered: Option<usize>,
 }
 
 impl RawWorld {
     /// Descriptors this process has open for each: its arena's and its process's.
     pub const FILES: usize = 2;
-    /// The same of a confined one, which has its orders besides.
-    pub const CONFINED_FILES: usize = 3;
 
     /// The world's process id.
     #[must_use]
@@ -265,6 +331,11 @@ impl RawWorld {
     /// Gives the world the turn, waits until it gives it back, and says why it did (an allegation).
     fn hand_over(&mut self, what: u32) -> Result<u32, WorldError> {
         self.give_turn(what, true)?;
+        self.has_run()
+    }
+
+    /// It has handed over: says why (an allegation), and sees to it that a confined world sleeps.
+    fn has_run(&mut self) -> Result<u32, WorldError> {
         let signalled = self.process.close_signals();
         let why = self.process.arena.get(Word::EXIT_KIND);
         if self.process.orders.is_some() {
@@ -290,6 +361,9 @@ impl RawWorld {
         // A death between that check and this store overwrites neither: the keeper stores DEAD after it sets `dead`,
         // and the wait below looks at `dead` again before its first sleep is over and at every tick.
         word.store(turn::WORLD, Ordering::SeqCst);
+        if let Some(orders) = confined {
+            orders.abed().store(0, Ordering::SeqCst);
+        }
         match confined {
             Some(orders) if !self.commands.is_empty() => {
                 orders.give(&self.commands, Then::WakeWorld);
@@ -315,6 +389,9 @@ impl RawWorld {
     /// does. Its filter allows it only sleeps without an end, and signals are sent while it has the turn alone.
     fn put_to_bed(&mut self) -> Result<(), WorldError> {
         let Some(orders) = &self.process.orders else { return Ok(()) };
+        if orders.abed().load(Ordering::SeqCst) != 0 {
+            return Ok(());
+        }
         let (turn, bed) = (self.process.arena.word(Word::TURN), orders.bed());
         let mut start = None;
         while !futex_requeue(turn, turn::MONITOR, bed) {
@@ -328,6 +405,7 @@ impl RawWorld {
                 return Err(self.misbehaved());
             }
         }
+        orders.abed().store(1, Ordering::SeqCst);
         Ok(())
     }
 
@@ -377,6 +455,7 @@ impl RawWorld {
             {
                 if let Some(index) = orders.failed() {
                     word.store(turn::MONITOR, Ordering::SeqCst);
+                    orders.abed().store(1, Ordering::SeqCst);
                     return Err(self.command_failed(index, None));
                 }
                 // It may be waiting behind us: what wakes one of those who wait for this word has woken us.
@@ -389,6 +468,13 @@ impl RawWorld {
             }
             unanswered = if self.process.kicked.load(Ordering::SeqCst) { unanswered + 1 } else { 0 };
             let late = matches!((limit, start), (Some(l), Some(s)) if s.elapsed() > l);
+            if unanswered == PATIENCE / 2
+                && let Some(number) = self.entered
+                && let Some(Some(guest)) = self.engine.tenants().get(number)
+            {
+                // Perhaps it is the confined world that does not answer; then this one will.
+                guest.signal(libc::SIGKILL);
+            }
             if unanswered > PATIENCE || late {
                 self.process.signal(libc::SIGKILL);
                 self.finished = true;
@@ -425,6 +511,41 @@ impl RawWorld {
             op::SEGMENT => WorldError::Host { what: "modify_ldt", source },
             _ => WorldError::Map { at: c.a, len: c.b, why: source.to_string() },
         }
+    }
+
+    /// What the world says of its exit.
+    fn exit(&mut self, kind: u32, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        let arena = &self.process.arena;
+        let exit = match kind {
+            exit_kind::FAULT => {
+                let vector = arena.get(Word::EXIT_VECTOR);
+                if vector > 31 {
+                    return Err(self.misbehaved());
+                }
+                WorldExit::Fault {
+                    vector: vector as u8,
+                    error_code: arena.get(Word::EXIT_ERROR),
+                    cr2: if vector == 14 { arena.get(Word::EXIT_CR2) } else { 0 },
+                }
+            }
+            exit_kind::GATE => WorldExit::Gate { reason: arena.vcpu_read(GATE_REASON) },
+            exit_kind::SYSCALL => WorldExit::Syscall,
+            exit_kind::KICK => {
+                self.forget_kick();
+                WorldExit::Kick
+            }
+            exit_kind::USERS if self.entered.is_some() => WorldExit::Users,
+            exit_kind::BAD_STATE => {
+                let (vector, code) = (arena.get(Word::EXIT_VECTOR), arena.get(Word::EXIT_ERROR));
+                return Err(WorldError::BadState(format!(
+                    "exception {vector} (error code {code:#x}) while loading {regs:x?}"
+                )));
+            }
+            _ => return Err(self.misbehaved()),
+        };
+        *regs = self.process.arena.regs();
+        self.fx_state = FxState::Arena;
+        Ok(exit)
     }
 
     fn push(&mut self, command: Command) -> Result<(), WorldError> {
@@ -475,39 +596,8 @@ impl World for RawWorld {
         if kind == exit_kind::COMMAND_FAILED {
             return Err(self.alleged_failure());
         }
-        let arena = &self.process.arena;
         self.commands.clear();
-        let exit = match kind {
-            exit_kind::FAULT => {
-                let vector = arena.get(Word::EXIT_VECTOR);
-                if vector > 31 {
-                    return Err(self.misbehaved());
-                }
-                WorldExit::Fault {
-                    vector: vector as u8,
-                    error_code: arena.get(Word::EXIT_ERROR),
-                    cr2: if vector == 14 { arena.get(Word::EXIT_CR2) } else { 0 },
-                }
-            }
-            exit_kind::GATE => WorldExit::Gate { reason: arena.vcpu_read(GATE_REASON) },
-            exit_kind::SYSCALL => WorldExit::Syscall,
-            exit_kind::KICK => {
-                // First ours, then the world's: a kick between the two is seen by the next run.
-                self.process.kicked.store(false, Ordering::SeqCst);
-                arena.word(Word::KICK).store(0, Ordering::SeqCst);
-                WorldExit::Kick
-            }
-            exit_kind::BAD_STATE => {
-                let (vector, code) = (arena.get(Word::EXIT_VECTOR), arena.get(Word::EXIT_ERROR));
-                return Err(WorldError::BadState(format!(
-                    "exception {vector} (error code {code:#x}) while loading {regs:x?}"
-                )));
-            }
-            _ => return Err(self.misbehaved()),
-        };
-        *regs = arena.regs();
-        self.fx_state = FxState::Arena;
-        Ok(exit)
+        self.exit(kind, regs)
     }
 
     fn map(&mut self, at: WorldLin, len: u32, backing: Backing, prot: Prot) -> Result<(), WorldError> {
@@ -515,7 +605,10 @@ impl World for RawWorld {
         let (fd, offset, size) = match backing {
             Backing::Ram(offset) => (RAM_FD, offset, self.engine.ram.size()),
             Backing::Code(offset) => (CODE_FD, offset, self.engine.code.size()),
-            Backing::Vcpu => (ARENA_FD, arena::VCPU_OFFSET as u64, arena::VCPU_OFFSET as u64 + 4096),
+            Backing::Vcpu => {
+                let at = self.process.arena.start() + arena::VCPU_OFFSET as u64;
+                (ARENA_FD, at, at + 4096)
+            }
         };
         if !offset.is_multiple_of(4096) || offset.checked_add(u64::from(len)).is_none_or(|end| end > size) {
             return Err(refused(at, len, "its backing ends before it"));
@@ -612,7 +705,7 @@ impl World for RawWorld {
             c: host_prot(Prot::READ | Prot::EXEC),
             d: ARENA_FD as u32,
             reserved: 0,
-            offset: arena::STUB_OFFSET as u64,
+            offset: self.process.arena.start() + arena::STUB_OFFSET as u64,
         })
     }
 
@@ -644,6 +737,40 @@ impl World for RawWorld {
 
     fn flushes_done(&self) -> u32 {
         self.process.arena.flushes_done()
+    }
+
+    fn cell(&self) -> Option<u32> {
+        self.cell.and_then(|number| u32::try_from(number).ok())
+    }
+
+    fn set_users(&mut self, rules: &UsersRules) {
+        self.entered = rules.cell.checked_sub(1).map(|number| number as usize);
+        self.process.arena.set_users(rules);
+    }
+
+    fn settle(&mut self) -> Result<(), WorldError> {
+        self.flush()
+    }
+
+    fn take_exit(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        if self.process.is_dead() || self.finished {
+            return Err(self.died());
+        }
+        if self.process.arena.get(Word::TURN) != turn::MONITOR {
+            return Err(self.misbehaved());
+        }
+        let kind = self.has_run()?;
+        self.exit(kind, regs)
+    }
+
+    fn forget_kick(&mut self) {
+        // First ours, then the world's: a kick between the two is seen by the next run.
+        self.process.kicked.store(false, Ordering::SeqCst);
+        self.process.arena.word(Word::KICK).store(0, Ordering::SeqCst);
+    }
+
+    fn reflected(&self) -> u32 {
+        self.process.arena.calls()
     }
 
     fn set_ports(&mut self, rows: &[PortRow; PORT_ROWS]) {

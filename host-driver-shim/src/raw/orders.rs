@@ -5,10 +5,9 @@
 
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::arena::{COMMANDS, Command, ORDERS_VA, op};
+use super::arena::{COMMANDS, Cell, Command, ORDERS_VA, op};
 use super::spawn::futex_wake;
 use crate::shared::SharedMap;
 
@@ -50,6 +49,12 @@ pub(crate) struct Orders {
     pub(crate) wakes: AtomicU32,
     /// The state of `spawn::Signals`.
     pub(crate) signals: AtomicU32,
+    /// Not 0: a kick has been sent as a signal since the last look.
+    pub(crate) sent: AtomicU32,
+    /// How many threads of the monitor are about to send one.
+    pub(crate) sending: AtomicU32,
+    /// Not 0: the world sleeps in its bed.
+    pub(crate) abed: AtomicU32,
     pub(crate) orders: [Order; ORDERS],
 }
 
@@ -69,12 +74,10 @@ pub(crate) enum Then {
 pub(crate) struct OrdersMap(SharedMap);
 
 impl OrdersMap {
-    pub(crate) fn new() -> io::Result<OrdersMap> {
-        Ok(OrdersMap(SharedMap::new(c"subring-orders", size_of::<Orders>())?))
-    }
-
-    pub(crate) fn fd(&self) -> RawFd {
-        self.0.fd()
+    /// Those in cell `number`.
+    pub(crate) fn in_cell(cells: &SharedMap, number: usize) -> io::Result<OrdersMap> {
+        let at = number * size_of::<Cell>() + offset_of!(Cell, orders);
+        Ok(OrdersMap(cells.part(at as u64, size_of::<Orders>())?))
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
@@ -90,6 +93,21 @@ impl OrdersMap {
     /// The state of `spawn::Signals`.
     pub(crate) fn signals(&self) -> &AtomicU32 {
         self.word(offset_of!(Orders, signals))
+    }
+
+    /// Not 0: a kick has been sent as a signal since the last look.
+    pub(crate) fn sent(&self) -> &AtomicU32 {
+        self.word(offset_of!(Orders, sent))
+    }
+
+    /// How many threads are about to send one.
+    pub(crate) fn sending(&self) -> &AtomicU32 {
+        self.word(offset_of!(Orders, sending))
+    }
+
+    /// Not 0: the world sleeps in its bed.
+    pub(crate) fn abed(&self) -> &AtomicU32 {
+        self.word(offset_of!(Orders, abed))
     }
 
     /// Orders up to this [`Orders::go`] are over.

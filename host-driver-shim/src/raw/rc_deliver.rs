@@ -79,9 +79,9 @@ pub(crate) trait Side: Tables {
 }
 
 /// Guest memory by guest linear address, with supervisor rights.
-struct Guest<'a, S> {
-    side: &'a S,
-    rules: &'a FillRules,
+pub(super) struct Guest<'a, S> {
+    pub(super) side: &'a S,
+    pub(super) rules: &'a FillRules,
 }
 
 impl<S: Side> Guest<'_, S> {
@@ -92,7 +92,8 @@ impl<S: Side> Guest<'_, S> {
         }
         Some(page.frame | u64::from(lin & 0xfff))
     }
-    fn read(&self, lin: u32) -> Option<u32> {
+    /// An aligned word.
+    pub(super) fn read(&self, lin: u32) -> Option<u32> {
         self.side.read(self.at(lin, false)?)
     }
     /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `page_fault` was told.
@@ -115,16 +116,16 @@ impl<S: Side> Guest<'_, S> {
         true
     }
     /// The guest's table entry still is what the monitor saw.
-    fn holds(&self, t: &Table) -> bool {
+    pub(super) fn holds(&self, t: &Table) -> bool {
         self.read(t.at) == Some(t.low) && self.read(t.at.wrapping_add(4)) == Some(t.high)
     }
 }
 
 /// What a delivery works with.
-struct Delivery<'a, S> {
-    rules: &'a DeliveryRules,
-    guest: Guest<'a, S>,
-    regs: HwRegs,
+pub(super) struct Delivery<'a, S> {
+    pub(super) rules: &'a DeliveryRules,
+    pub(super) guest: Guest<'a, S>,
+    pub(super) regs: HwRegs,
 }
 
 /// Number `i` of the words from `offset` on.
@@ -222,6 +223,20 @@ impl<S: Side> Delivery<'_, S> {
         self.leave_ring3();
         Some(self.enter(esp))
     }
+    /// Sends ring 3 through the gate for an `int n` behind which is `next`, and yields the registers to go on with. `None`: the
+    /// monitor is to do it, and nothing has changed (but A and D bits it sets in any case).
+    pub(super) fn software(mut self, next: u32) -> Option<HwRegs> {
+        if !self.holds() || !self.is_from_ring3() {
+            return None;
+        }
+        let ([_, cs, flags, user_esp, user_ss], esp0) = self.ring3_frame()?;
+        let esp = esp0.wrapping_sub(20);
+        if !self.guest.push(esp, &[next, cs, flags, user_esp, user_ss]) {
+            return None;
+        }
+        self.leave_ring3();
+        Some(self.enter(esp))
+    }
     /// See [`page_fault`].
     fn page_fault(mut self, fault: &PageFault) -> Option<HwRegs> {
         let &PageFault { error_code, lin, fetch } = fault;
@@ -279,7 +294,7 @@ pub(crate) fn page_fault<S: Side>(
 }
 
 /// The side of a world of `raw`.
-struct RawSide {
+pub(super) struct RawSide {
     a: *mut Arena,
     ram: Ram,
 }
@@ -289,7 +304,7 @@ impl RawSide {
     ///
     /// # Safety
     /// In a world, `a` is its mapped arena, and the world has the turn.
-    unsafe fn begin(a: *mut Arena) -> (RawSide, FillRules, HwRegs) {
+    pub(super) unsafe fn begin(a: *mut Arena) -> (RawSide, FillRules, HwRegs) {
         // SAFETY: by contract; the monitor writes the rules only when it has the turn, and only we touch the registers.
         unsafe {
             let ram = Ram { pages: (*a).fill.ram_pages.load(Relaxed) };
@@ -298,7 +313,7 @@ impl RawSide {
         }
     }
     /// The world goes on with these registers.
-    fn go_on(&self, regs: HwRegs) {
+    pub(super) fn go_on(&self, regs: HwRegs) {
         // SAFETY: by the contract of `begin`: while the world has the turn only we touch its registers.
         unsafe { (&raw mut (*self.a).regs).write_volatile(regs) };
     }

@@ -14,7 +14,7 @@ use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_doze;
 use super::rc_fill::{self, PF_WRITE};
 use super::rc_port;
-use super::rc_window;
+use super::{rc_users, rc_window};
 use crate::world::{Quick, QuickKind};
 
 /// CS in [`crate::world::HwRegs::sel`].
@@ -47,6 +47,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
         QuickKind::Halt => unsafe { rc_doze::doze(a, quick.resume) },
         // SAFETY: by contract.
         QuickKind::Invlpg => unsafe { flush(a, quick) },
+        // SAFETY: by contract.
+        QuickKind::ToUsers => unsafe { rc_users::enter(a) },
     }
 }
 
@@ -125,6 +127,8 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     // The same fault again is what is to be expected now.
     area.last.store(NO_FAULT, Relaxed);
     area.flushes_done.store(area.flushes_done.load(Relaxed).wrapping_add(1), Relaxed);
+    // SAFETY: by contract: an atomic.
+    unsafe { (*a).users.stale.store(1, Relaxed) };
     // SAFETY: by contract.
     unsafe { finish(a, quick) };
     true

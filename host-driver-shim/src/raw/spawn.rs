@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::arena::{ARENA_FD, ArenaMap, CODE_FD, RAM_FD, WATCHED_FD, Word, turn};
+use super::arena::{ARENA_FD, ArenaMap, CELLS_FD, CODE_FD, RAM_FD, WATCHED_FD, Word, turn};
 use super::init::{CONSTRUCTOR, STEPS, WORLD_ENV, WORLD_VALUE};
 use super::orders::OrdersMap;
 use super::rc::death;
@@ -32,54 +32,58 @@ pub(crate) struct Process {
     obituary: Mutex<Option<String>>,
 }
 
-/// Whether kicks are sent as signals: only while a world has the turn. A world that is to sleep would be woken.
+/// Whether kicks are sent as signals: only while a world has the turn. A world that is to sleep would be woken. (The words of a
+/// confined world are among its orders.)
 #[derive(Debug, Default)]
 pub(crate) struct Signals {
-    /// Of a world that is not confined.
-    state: AtomicU32,
-    /// There has been one since the last look.
-    sent: AtomicBool,
+    open: AtomicU32,
+    /// Not 0: there has been one since the last look.
+    sent: AtomicU32,
+    /// How many threads are about to send one.
+    sending: AtomicU32,
 }
 
-/// Values of the state of [`Signals`].
-mod signals {
-    pub(super) const CLOSED: u32 = 0;
-    /// The mapper opens them with it, before it wakes the world.
-    pub(super) const OPEN: u32 = 1;
-    pub(super) const SENDING: u32 = 2;
-    const _: () = assert!(OPEN == super::super::orders::WAKES);
-}
+/// Signals are open: what the mapper writes before it wakes the world.
+pub(super) const SIGNALS_OPEN: u32 = super::orders::WAKES;
 
 impl Process {
     fn signals_state(&self) -> &AtomicU32 {
-        self.orders.as_ref().map_or(&self.signals.state, OrdersMap::signals)
+        self.orders.as_ref().map_or(&self.signals.open, OrdersMap::signals)
+    }
+
+    fn signals_sent(&self) -> &AtomicU32 {
+        self.orders.as_ref().map_or(&self.signals.sent, OrdersMap::sent)
     }
 
     /// From here on kicks are sent as signals.
     pub(crate) fn open_signals(&self) {
-        self.signals_state().store(signals::OPEN, Ordering::SeqCst);
+        self.signals_state().store(SIGNALS_OPEN, Ordering::SeqCst);
     }
 
     /// From here on they are not. Says whether one was sent.
     pub(crate) fn close_signals(&self) -> bool {
-        let (state, order) = (self.signals_state(), Ordering::SeqCst);
-        // Another thread is inside a system call for as long as this fails.
-        while state
-            .compare_exchange_weak(signals::OPEN, signals::CLOSED, order, order)
-            .is_err_and(|now| now != signals::CLOSED)
-        {
+        self.signals_state().store(0, Ordering::SeqCst);
+        // Whoever has seen them open is inside a system call.
+        while self.signals.sending.load(Ordering::SeqCst) != 0 {
             std::hint::spin_loop();
         }
-        self.signals.sent.load(order) && self.signals.sent.swap(false, order)
+        let sent = self.signals_sent();
+        sent.load(Ordering::SeqCst) != 0 && sent.swap(0, Ordering::SeqCst) != 0
     }
 
-    /// Sends one if they are and nobody else is doing so.
+    /// Sends one if they are.
     pub(crate) fn signal_if_open(&self, signal: i32) {
-        let (state, order) = (self.signals_state(), Ordering::SeqCst);
-        if state.compare_exchange(signals::OPEN, signals::SENDING, order, order).is_ok() {
-            self.signals.sent.store(true, order);
+        // The world of ring 0 that has entered a confined one looks at the second.
+        let count = [Some(&self.signals.sending), self.orders.as_ref().map(OrdersMap::sending)];
+        for word in count.into_iter().flatten() {
+            word.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.signals_state().load(Ordering::SeqCst) == SIGNALS_OPEN {
+            self.signals_sent().store(1, Ordering::SeqCst);
             self.signal(signal);
-            state.store(signals::OPEN, order);
+        }
+        for word in count.into_iter().flatten() {
+            word.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -200,8 +204,12 @@ pub(crate) fn futex_wait(word: &AtomicU32, value: u32, timeout: &libc::timespec)
 pub(crate) struct Objects {
     pub(crate) ram: RawFd,
     pub(crate) code: RawFd,
-    /// The bitmap of watched frames, read-only, or a confined world's orders.
+    /// The bitmap of watched frames, read-only; a confined world's orders; or nothing.
     pub(crate) watched: RawFd,
+    /// All cells, for a world that may enter confined ones.
+    pub(crate) cells: Option<RawFd>,
+    /// The number of a confined world's own.
+    pub(crate) cell: Option<usize>,
 }
 
 /// What the keeper is asked to do.
@@ -314,12 +322,14 @@ fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Res
     // Reading it keeps the constructor in the program whatever the linker thinks of it.
     // SAFETY: reads an initialised static.
     let _kept = unsafe { (&raw const CONSTRUCTOR).read_volatile() };
-    let pid = posix_spawn(&[
+    let mut descriptors = vec![
         (objects.ram, RAM_FD),
         (objects.code, CODE_FD),
         (arena.fd(), ARENA_FD),
         (objects.watched, WATCHED_FD),
-    ])?;
+    ];
+    descriptors.extend(objects.cells.map(|fd| (fd, CELLS_FD)));
+    let pid = posix_spawn(&descriptors, objects.cell)?;
     // SAFETY: touches no memory. The child is not reaped yet, so the number is still its own.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if raw < 0 {
@@ -345,11 +355,13 @@ fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Res
     }))
 }
 
-fn posix_spawn(fds: &[(RawFd, RawFd)]) -> io::Result<libc::pid_t> {
+fn posix_spawn(fds: &[(RawFd, RawFd)], cell: Option<usize>) -> io::Result<libc::pid_t> {
     fn ok(r: i32) -> io::Result<()> {
         if r == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(r)) }
     }
-    let marker = CString::new([WORLD_ENV.to_bytes(), b"=", WORLD_VALUE.to_bytes()].concat())?;
+    let cell = cell.map(|number| number.to_string()).unwrap_or_default();
+    let marker =
+        CString::new([WORLD_ENV.to_bytes(), b"=", WORLD_VALUE.to_bytes(), cell.as_bytes()].concat())?;
     // glibc's restartable sequences would cost the kernel work at every preemption of a world.
     let tunables: &CStr = c"GLIBC_TUNABLES=glibc.pthread.rseq=0";
     let argv = [c"subring-world".as_ptr().cast_mut(), std::ptr::null_mut()];
