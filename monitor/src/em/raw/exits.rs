@@ -97,9 +97,20 @@ impl RawEngine {
                 }
             }
         }
+        let cpl = if self.kernels[number].world.vcpu_read(vp::CPL) == 3 { 3 } else { 0 };
+        self.follow_ring(cpu, number, cpl);
+        let regs = HwRegs { eflags: flags, ..*regs };
+        if cpl == 3 {
+            self.read_back_joint_user(cpu, m, number, &regs, origin, exit)
+        } else {
+            self.read_back_kernel(cpu, m, number, &regs, origin, exit)
+        }
+    }
+
+    /// Takes over the ring a world of ring 0 says the guest is in.
+    pub(super) fn follow_ring(&mut self, cpu: &mut CpuState, number: usize, cpl: u8) {
         // A page fault may have been delivered in the world.
         cpu.cr2 = self.kernels[number].world.vcpu_read(vp::CR2);
-        let cpl = if self.kernels[number].world.vcpu_read(vp::CPL) == 3 { 3 } else { 0 };
         if cpl != cpu.cpl {
             let (cs, ss) = match cpl {
                 3 => (self.transitions.user_cs, self.transitions.user_ss),
@@ -112,25 +123,10 @@ impl RawEngine {
             cpu.eflags |= eflags::IF;
             cpu.cpl = cpl;
         }
-        let regs = HwRegs { eflags: flags, ..*regs };
-        if cpl == 3 {
-            self.read_back_joint_user(cpu, m, number, &regs, origin, exit)
-        } else {
-            self.read_back_kernel(cpu, m, number, &regs, origin, exit)
-        }
     }
 
-    /// Takes over the state of ring 3 in a joint world.
-    fn read_back_joint_user(
-        &mut self,
-        cpu: &mut CpuState,
-        m: &mut Machine,
-        number: usize,
-        regs: &HwRegs,
-        origin: Origin,
-        exit: WorldExit,
-    ) -> Result<After, RawError> {
-        let mut regs = *regs;
+    /// Takes over the data segments of ring 3 as the words of the vCPU page have them; yields the host selectors it was given.
+    pub(super) fn ring3_segments(&mut self, cpu: &mut CpuState, m: &mut Machine, number: usize) -> [u16; 6] {
         let word =
             |this: &Self, at: u32, i: usize| this.kernels[number].world.vcpu_read(at + 4 * i as u32) as u16;
         let whose = For::Ring3 { below: self.boundary.and_then(Boundary::limit) };
@@ -148,6 +144,21 @@ impl RawEngine {
                 cpu.seg[i] = Segment { selector, ..Segment::default() };
             }
         }
+        expected
+    }
+
+    /// Takes over the state of ring 3 in a joint world.
+    fn read_back_joint_user(
+        &mut self,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        number: usize,
+        regs: &HwRegs,
+        origin: Origin,
+        exit: WorldExit,
+    ) -> Result<After, RawError> {
+        let mut regs = *regs;
+        let expected = self.ring3_segments(cpu, m, number);
         match origin {
             Origin::Code => {
                 // `int n` (SDM vol. 3, 6.13: the IDT bit), which the world may do by itself: perhaps the gate is another
@@ -257,6 +268,7 @@ impl RawEngine {
                 record(Cause::Kick, Route::Signal);
                 Ok(After::Kicked)
             }
+            WorldExit::Users => Err(users::impossible()),
             WorldExit::Syscall => {
                 // `int 80h` of ring 0 that the host took for its own: EIP is behind the two bytes.
                 record(Cause::Syscall, Route::Signal);
@@ -420,6 +432,7 @@ impl RawEngine {
         }
         match exit {
             WorldExit::Gate { .. } => Err(WorldError::Died("ring 3 used the gate".into()).into()),
+            WorldExit::Users => Err(users::impossible()),
             WorldExit::Kick => {
                 record(Cause::Kick);
                 Ok(After::Kicked)

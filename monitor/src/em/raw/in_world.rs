@@ -260,7 +260,7 @@ impl RawEngine {
         }
     }
 
-    fn enter_quick(&mut self, quick: Quick) {
+    pub(super) fn enter_quick(&mut self, quick: Quick) {
         if self.quick_changes != self.kernel_code.changes {
             self.forget_quick();
         }

@@ -42,21 +42,27 @@ const BOUNDARY_STEP: u32 = 256 << 20;
 /// Guest kernels whose page-fault handler is lower are not told from their users by limits.
 const LOWEST_KERNEL: u32 = 0x8000_0000;
 
-/// What keeps ring 3 from the guest kernel in joint worlds.
+/// What keeps ring 3 from the guest kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Boundary {
     /// The limits of its segments, at this guest linear address.
     At(u32),
     /// The U/S bit.
     Pages,
+    /// None is needed: ring 3 has worlds of its own.
+    Worlds,
 }
 
 impl Boundary {
+    /// What it is before ring 3 has run.
+    pub(super) fn at_first(isolation: Isolation) -> Option<Boundary> {
+        (isolation == Isolation::Strict).then_some(Boundary::Worlds)
+    }
     /// Where segments of ring 3 end.
     pub(super) fn limit(self) -> Option<u32> {
         match self {
             Boundary::At(end) => Some(end),
-            Boundary::Pages => None,
+            Boundary::Pages | Boundary::Worlds => None,
         }
     }
     /// Whatever is mapped below this guest linear address ring 3 can reach.

@@ -20,6 +20,7 @@ mod segments;
 pub mod space;
 pub mod trampolines;
 pub mod user_code;
+mod users;
 
 use super::engine::{Engine, EngineError, EngineKind, HostExit};
 use super::loaded_segment;
@@ -37,7 +38,8 @@ use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
-    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, SegmentRules, World, WorldError, WorldExit, WorldLin,
+    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World,
+    WorldError, WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
 use joint::Boundary;
@@ -52,6 +54,7 @@ use space::{Descriptors, For, Role, Space, Whose};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use user_code::UserCode;
+use users::Both;
 
 /// Open files this process asks the host for, if it has less.
 const WANTED_FILES: u64 = 2048;
@@ -234,6 +237,10 @@ pub trait Worlds {
     fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
         self.spawn()
     }
+    /// The same for guest ring 0 alone, in one that may be told to enter those by itself.
+    fn spawn_master(&self) -> Result<Box<dyn World>, WorldError> {
+        self.spawn()
+    }
     /// Worlds made from here on are bound to this host CPU.
     fn set_cpu(&self, cpu: usize);
     /// For how many address spaces at most the host is asked for worlds of their own.
@@ -260,6 +267,9 @@ impl Worlds for raw::RawEngine {
     }
     fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
         Ok(Box::new(self.spawn_confined()?))
+    }
+    fn spawn_master(&self) -> Result<Box<dyn World>, WorldError> {
+        Ok(Box::new(raw::RawEngine::spawn_master(self)?))
     }
     fn set_cpu(&self, cpu: usize) {
         raw::RawEngine::set_cpu(self, cpu);
@@ -332,7 +342,8 @@ pub struct RawEngine {
     /// The stack segment with which ring 0 begins after a system call done in line.
     entry_ss: Segment,
     kick: Arc<KickTarget>,
-    kicking: Option<Place>,
+    /// Who is kicked: where the CPU runs, and the world of ring 3 that one may enter.
+    kicking: Option<(Place, Option<usize>)>,
     paging_key: u32,
     /// Which space's world has the guest's newest FPU state; None: CPUM has it.
     fpu_in: Option<Place>,
@@ -347,6 +358,10 @@ pub struct RawEngine {
     pub broken_worlds: u64,
     /// The page of ring 3 whose fault the guest was last told, to be mapped on its way back.
     refill: Option<(GuestLin, bool)>,
+    /// What the world of ring 0 needs to enter one of ring 3 by itself, but for which.
+    users_rules: UsersRules,
+    /// Which it may enter.
+    may_enter: Option<usize>,
 }
 
 /// The vCPU page of a world as PATM's fixes see it.
@@ -374,7 +389,9 @@ impl RawEngine {
         host.settle(WorldLin(layout.delta))?;
         // Ring 0 must not run what is shown to ring 3 as it is: if it does so by limits alone, that is a known gap.
         let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Strict } else { isolation };
-        let kernel = Space::new(host.spawn()?, Role::Supervisor);
+        let strict = isolation == Isolation::Strict;
+        let kernel = if strict { host.spawn_master()? } else { host.spawn()? };
+        let kernel = Space::new(kernel, Role::Supervisor);
         let most_worlds = host.most();
         let mut descriptors = Descriptors::new(rules);
         descriptors.limit_code(isolation == Isolation::LimitsCode);
@@ -390,7 +407,7 @@ impl RawEngine {
             evicted: VecDeque::new(),
             most_worlds,
             users: Vec::new(),
-            boundary: None,
+            boundary: Boundary::at_first(isolation),
             descriptors,
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline, rules.ring0),
@@ -422,6 +439,8 @@ impl RawEngine {
             moves: 0,
             broken_worlds: 0,
             refill: None,
+            users_rules: UsersRules::default(),
+            may_enter: None,
         };
         engine.furnish(0)?;
         Ok(engine)
@@ -586,11 +605,6 @@ impl RawEngine {
     ) -> Result<After, RawError> {
         self.follow_changes(m, cpu)?;
         let place = self.choose_space(cpu, m)?;
-        if self.kicking != Some(place) {
-            let kicker = self.space(place).world.kicker();
-            self.kick.set(Some(kicker));
-            self.kicking = Some(place);
-        }
         if m.guard().is_some() && !self.space(place).world.can_guard() {
             // This one cannot watch the time: the monitor does.
             return Ok(After::Kicked);
@@ -614,8 +628,9 @@ impl RawEngine {
             regs.eip = self.kernel_code.patm.resume_eip(cpu.eip);
             regs.eflags = (cpu.eflags & NATIVE_FLAGS) | eflags::FIXED | eflags::IF;
         }
-        if let Place::Kernel(number) = place {
-            self.load_vcpu_page(number, cpu, m, interrupt_waits)?;
+        match place {
+            Place::Kernel(number) => self.load_vcpu_page(number, cpu, m, interrupt_waits)?,
+            Place::User(_) => self.note_user_segments(cpu),
         }
         if self.fpu_in != Some(place) {
             self.fetch_fpu(cpu);
@@ -628,6 +643,15 @@ impl RawEngine {
             }
             _ => 0,
         };
+        let entered = self.let_enter(place, cpu, m)?;
+        if self.kicking != Some((place, entered)) {
+            let mut kicker = self.space(place).world.kicker();
+            if let Some(i) = entered {
+                kicker = Arc::new(Both(kicker, self.users[i].world.kicker()));
+            }
+            self.kick.set(Some(kicker));
+            self.kicking = Some((place, entered));
+        }
         let descriptors = &self.descriptors;
         let space = match place {
             Place::Kernel(i) => &mut self.kernels[i],
@@ -666,6 +690,12 @@ impl RawEngine {
         };
         if exit == WorldExit::Kick {
             self.kick.answered();
+            if let Some(i) = self.may_enter {
+                self.users[i].world.forget_kick();
+            }
+        }
+        if let (WorldExit::Users, Place::Kernel(number)) = (exit, place) {
+            return self.take_over_from_users(cpu, m, number);
         }
         cpu.gpr = regs.gpr;
         cpu.eip = regs.eip;
@@ -683,6 +713,7 @@ impl RawEngine {
     fn ring3_broke_its_world(&mut self, place: Place, cpu: &CpuState, why: &str) -> Result<After, RawError> {
         log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
         let fresh = Space::new(self.host.spawn_for_users()?, self.space(place).role);
+        self.forbid_entering(0);
         *self.space(place) = fresh;
         self.space(place).last_used = self.clock;
         (self.fpu_in, self.kicking) = (None, None);
@@ -799,6 +830,7 @@ impl Engine for RawEngine {
             self.learn_invlpg(cpu, reason, instruction);
             self.learn_port(cpu, m, reason, instruction);
             self.learn_halt(cpu, m, reason, instruction);
+            self.learn_iret(reason, instruction);
         }
     }
     fn has_interpreted(&mut self, cpu: &CpuState, m: &mut Machine, instruction: &Instruction) {

@@ -34,7 +34,7 @@ impl RawEngine {
         }
         self.kernel_code.trampolines.new.clear();
         self.joint_code.trampolines.new.clear();
-        self.boundary = None;
+        self.boundary = Boundary::at_first(self.isolation);
         self.forget_segment_cache();
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! world.
 
 use super::*;
-use host_driver_shim::world::{DeliveryRules, Reflected, Table};
+use host_driver_shim::world::{DeliveryRules, Reflected, Table, UsersRules};
 
 /// A segment trampolines may load.
 #[derive(Clone, Copy)]
@@ -14,6 +14,13 @@ pub(super) struct CachedSegment {
     host_ring3: u16,
     /// The guest's descriptor, low and high half.
     bytes: [u32; 2],
+}
+
+impl CachedSegment {
+    /// Host selector for ring 3; 0: ring 3 may not have it.
+    pub(super) fn for_ring3(&self) -> u16 {
+        self.host_ring3
+    }
 }
 
 /// The segment cache of one vCPU page. Each world has its own: thread-local storage has the same selector in every
@@ -41,6 +48,11 @@ impl SegmentCache {
     fn set(&mut self, index: usize, entry: CachedSegment) {
         self.entries[index] = Some(entry);
         self.changed.push(index as u8);
+    }
+
+    /// The segments in it.
+    pub(super) fn entries(&self) -> impl Iterator<Item = &CachedSegment> {
+        self.entries.iter().flatten()
     }
 
     fn forget(&mut self) {
@@ -183,6 +195,12 @@ impl RawEngine {
         self.transitions.vector = Some(vector);
     }
 
+    /// Ring 3 runs with these segments.
+    pub(super) fn note_user_segments(&mut self, cpu: &CpuState) {
+        self.transitions.user_cs = cpu.seg[seg::CS];
+        self.transitions.user_ss = cpu.seg[seg::SS];
+    }
+
     /// A transition was left to the monitor: something is not as it was when the worlds were told.
     pub(super) fn retract_transitions(&mut self, number: usize) {
         self.kernels[number].published = None;
@@ -199,10 +217,10 @@ impl RawEngine {
         if cpu.cpl == 0 {
             self.transitions.kernel_cs = cpu.seg[seg::CS];
         } else {
-            self.transitions.user_cs = cpu.seg[seg::CS];
-            self.transitions.user_ss = cpu.seg[seg::SS];
+            self.note_user_segments(cpu);
         }
         let joint = matches!(self.kernels[number].role, Role::Joint { .. });
+        let apart = self.boundary == Some(Boundary::Worlds);
         let grounds = Published {
             transitions: self.transitions,
             gdt: (cpu.gdtr.base, cpu.gdtr.limit),
@@ -211,7 +229,7 @@ impl RawEngine {
             cr0: cpu.cr0 & (cr0::TS | cr0::EM | cr0::WP),
             cr4: cpu.cr4 & cr4::TSD,
             breakpoints: cpu.dr[7] & 0xff != 0,
-            boundary: self.boundary.filter(|_| joint),
+            boundary: self.boundary.filter(|_| joint || apart),
             tainted: self.kernels[number].tainted,
             generation: self.descriptors.generation,
             tick: m.devices.pic.master.vector_base(),
@@ -266,7 +284,8 @@ impl RawEngine {
             ]),
             None => put(&[(vp::IRET_CS, vp::IRET_NOWHERE)]),
         }
-        match &user {
+        // Ring 3 of another world is entered by the runtime.
+        match user.as_ref().filter(|_| !apart) {
             Some(u) => put(&[
                 (vp::USER_CS_DESC_AT, u.cs.at),
                 (vp::USER_CS_DESC_LOW, u.cs.low),
@@ -295,7 +314,7 @@ impl RawEngine {
             ]);
             self.entry_ss = stack.segment;
         }
-        if let Some((vector, gate)) = &call {
+        if let Some((vector, gate)) = call.as_ref().filter(|_| !apart) {
             put(&[
                 (vp::GATE_VECTOR, u32::from(*vector)),
                 (vp::GATE_AT, gate.entry.at),
@@ -334,6 +353,20 @@ impl RawEngine {
         };
         w.set_delivery_rules(&rules(page_fault.as_ref()));
         w.set_tick_rules(&rules(tick.as_ref()));
+        self.users_rules = match (&user, &call) {
+            (Some(user), Some((vector, gate))) if apart => UsersRules {
+                cell: 0,
+                vector: u32::from(*vector),
+                gate: rules(Some(gate)),
+                cs: u32::from(self.transitions.user_cs.selector),
+                cs_descriptor: table(&user.cs),
+                cs_host: u32::from(user.cs_host),
+                ss: u32::from(self.transitions.user_ss.selector),
+                ss_descriptor: table(&user.ss),
+                ss_host: u32::from(user.ss_host),
+            },
+            _ => UsersRules::default(),
+        };
         let call = call.as_ref().map(|(vector, gate)| (Reflected::Int(*vector), rules(Some(gate))));
         let others = exceptions.iter().map(|(kind, gate)| (*kind, rules(gate.as_ref())));
         w.set_reflections(&call.into_iter().chain(others).collect::<Vec<_>>());
