@@ -148,11 +148,15 @@ pub(crate) const CELLS: usize = 48;
 /// What belongs to one confined world.
 #[repr(C)]
 pub(crate) struct Cell {
+    /// What it may write.
     pub(crate) arena: Arena,
+    /// What it may read.
     pub(crate) orders: Orders,
+    /// In place of the arena's, and not for it.
+    pub(crate) fill: FillArea,
 }
 
-const _: () = assert!(size_of::<Cell>() == size_of::<Arena>() + size_of::<Orders>());
+const _: () = assert!(size_of::<Cell>() == size_of::<Arena>() + size_of::<Orders>() + size_of::<FillArea>());
 
 /// The shared memory. Everything in it is only ever accessed atomically, by assembly, or by raw copies.
 #[repr(C, align(4096))]
@@ -227,41 +231,51 @@ pub(crate) unsafe fn vcpu_word<'a>(a: *mut Arena, offset: u32) -> &'a AtomicU32 
 
 /// The monitor's mapping of one world's arena.
 #[derive(Debug)]
-pub(crate) struct ArenaMap(SharedMap);
+pub(crate) struct ArenaMap {
+    arena: SharedMap,
+    /// A cell's.
+    fill: Option<SharedMap>,
+}
 
 impl ArenaMap {
     pub(crate) fn new() -> io::Result<ArenaMap> {
-        Ok(ArenaMap(SharedMap::new(c"subring-arena", size_of::<Arena>())?))
+        Ok(ArenaMap { arena: SharedMap::new(c"subring-arena", size_of::<Arena>())?, fill: None })
     }
 
     /// The one in cell `number`.
     pub(crate) fn in_cell(cells: &SharedMap, number: usize) -> io::Result<ArenaMap> {
-        let at = number * size_of::<Cell>() + offset_of!(Cell, arena);
-        Ok(ArenaMap(cells.part(at as u64, size_of::<Arena>())?))
+        let part = |at: usize, len| cells.part((number * size_of::<Cell>() + at) as u64, len);
+        let arena = part(offset_of!(Cell, arena), size_of::<Arena>())?;
+        Ok(ArenaMap { arena, fill: Some(part(offset_of!(Cell, fill), size_of::<FillArea>())?) })
+    }
+
+    /// The mapping the fill area is in, and where.
+    pub(super) fn fill_area(&self) -> (&SharedMap, usize) {
+        self.fill.as_ref().map_or((&self.arena, offset_of!(Arena, fill)), |map| (map, 0))
     }
 
     /// Where it begins in its memory object.
     pub(crate) fn start(&self) -> u64 {
-        self.0.start()
+        self.arena.start()
     }
 
     pub(crate) fn fd(&self) -> RawFd {
-        self.0.fd()
+        self.arena.fd()
     }
 
     /// The memory object.
     pub(crate) fn shared(&self) -> &SharedMap {
-        &self.0
+        &self.arena
     }
 
     fn ptr(&self) -> *mut Arena {
-        self.0.base().as_ptr().cast()
+        self.arena.base().as_ptr().cast()
     }
 
     /// One atomic word of the arena.
     pub(crate) fn word(&self, field: Word) -> &AtomicU32 {
         // SAFETY: `field` holds an offset_of! of an AtomicU32 of Arena, inside the mapping, which lives as long as self.
-        unsafe { AtomicU32::from_ptr(self.0.base().as_ptr().add(field.0).cast()) }
+        unsafe { AtomicU32::from_ptr(self.arena.base().as_ptr().add(field.0).cast()) }
     }
 
     pub(crate) fn get(&self, field: Word) -> u32 {
@@ -320,7 +334,7 @@ impl ArenaMap {
         }
         let filters = offset_of!(Arena, filters) + which * size_of::<[u64; FILTER_MAX]>();
         for (i, insn) in filter.iter().enumerate() {
-            if self.0.write_u64((filters + i * 8) as u64, *insn).is_none() {
+            if self.arena.write_u64((filters + i * 8) as u64, *insn).is_none() {
                 return false;
             }
         }
@@ -331,13 +345,17 @@ impl ArenaMap {
 
     /// Reads a u32 of the vCPU page; 0 outside it.
     pub(crate) fn vcpu_read(&self, offset: u32) -> u32 {
-        if offset > 4092 { 0 } else { self.0.read_u32(VCPU_OFFSET as u64 + u64::from(offset)).unwrap_or(0) }
+        if offset > 4092 {
+            0
+        } else {
+            self.arena.read_u32(VCPU_OFFSET as u64 + u64::from(offset)).unwrap_or(0)
+        }
     }
 
     /// Writes a u32 of the vCPU page; nothing outside it.
     pub(crate) fn vcpu_write(&self, offset: u32, value: u32) {
         if offset <= 4092 {
-            let _in_range = self.0.write_u32(VCPU_OFFSET as u64 + u64::from(offset), value);
+            let _in_range = self.arena.write_u32(VCPU_OFFSET as u64 + u64::from(offset), value);
         }
     }
 
@@ -350,8 +368,8 @@ impl ArenaMap {
         code.extend([0x48, 0xb8]); // mov rax, imm64
         code.extend((ARENA_VA + offset_of!(Arena, gate_entry) as u64).to_le_bytes());
         code.extend([0xff, 0x20]); // jmp [rax]
-        let _in_range = self.0.fill(STUB_OFFSET as u64, 4096, 0xf4);
-        let _in_range = self.0.write(STUB_OFFSET as u64, &code);
+        let _in_range = self.arena.fill(STUB_OFFSET as u64, 4096, 0xf4);
+        let _in_range = self.arena.write(STUB_OFFSET as u64, &code);
     }
 }
 

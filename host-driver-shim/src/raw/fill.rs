@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use super::arena::{Arena, ArenaMap};
 use super::rc_cpuid::{CpuidTable, ROWS};
 use super::rc_quick::QUICK;
+use super::rc_users::FLUSHES;
 use crate::world::{CpuidRow, DeliveryRules, Fill, FillRules, Quick, UsersRules, WorldLin};
 
 /// Pages of a world.
@@ -129,8 +130,8 @@ impl ArenaMap {
     /// Notes that nothing is mapped any more.
     pub(crate) fn show_nothing(&self) {
         // Both bitmaps: given back to the host, so they read as zero.
-        let (start, len) = (offset_of!(Arena, fill), 2 * size_of::<Bitmap>());
-        if self.shared().discard(start as u64, len).is_err() {
+        let (map, start) = self.fill_area();
+        if map.discard(start as u64, 2 * size_of::<Bitmap>()).is_err() {
             self.show(0, PAGES, Shown::Nothing);
         }
     }
@@ -138,14 +139,15 @@ impl ArenaMap {
     fn bitmap(&self, offset: usize) -> &Bitmap {
         // SAFETY: `offset` is that of one of the two bitmaps, so this lies inside the mapping, which lives as long as
         // self, at a multiple of 4; the elements are atomics.
-        unsafe { &*self.shared().base().as_ptr().add(offset_of!(Arena, fill) + offset).cast::<Bitmap>() }
+        let (map, start) = self.fill_area();
+        unsafe { &*map.base().as_ptr().add(start + offset).cast::<Bitmap>() }
     }
 
     pub(crate) fn set_fill_rules(&self, rules: &FillRules) {
-        let at = offset_of!(Arena, fill) + offset_of!(FillArea, rules);
+        let (map, start) = self.fill_area();
         // SAFETY: both sides are one FillRules; the destination is inside the mapping.
         unsafe {
-            let to = self.shared().base().as_ptr().add(at);
+            let to = map.base().as_ptr().add(start + offset_of!(FillArea, rules));
             crate::shared::copy((&raw const *rules).cast(), to, size_of::<FillRules>());
         }
     }
@@ -205,6 +207,14 @@ impl ArenaMap {
             crate::shared::copy((&raw const *rules).cast(), to, size_of::<UsersRules>());
         }
         let _in_range = self.shared().write_u32(offset_of!(Arena, users.stale) as u64, 0);
+        let _in_range = self.shared().write_u32(offset_of!(Arena, users.flushes) as u64, 0);
+    }
+
+    /// World pages of the confined world whose flush the world of ring 0 has followed there in its notes only.
+    pub(crate) fn flushes_of_users(&self) -> impl Iterator<Item = u32> {
+        let word = |at: usize| self.shared().read_u32(at as u64).unwrap_or(0);
+        let n = (word(offset_of!(Arena, users.flushes)) as usize).min(FLUSHES);
+        (0..n).map(move |i| word(offset_of!(Arena, users.flushed) + 4 * i) & (PAGES - 1))
     }
 
     /// How many system calls of a confined world's the world says it has sent to the guest's handler, ever.
@@ -246,9 +256,8 @@ impl ArenaMap {
         debug_assert!(offset + 4 <= size_of::<FillArea>());
         // SAFETY: the callers pass the offset of an AtomicU32 inside FillArea (of the log: i < LOG), so it lies in the
         // mapping, which lives as long as self.
-        unsafe {
-            AtomicU32::from_ptr(self.shared().base().as_ptr().add(offset_of!(Arena, fill) + offset).cast())
-        }
+        let (map, start) = self.fill_area();
+        unsafe { AtomicU32::from_ptr(map.base().as_ptr().add(start + offset).cast()) }
     }
 }
 

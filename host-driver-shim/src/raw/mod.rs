@@ -748,6 +748,10 @@ impl World for RawWorld {
         self.process.arena.set_users(rules);
     }
 
+    fn take_flushes_of_users(&mut self, each: &mut dyn FnMut(WorldLin)) {
+        self.process.arena.flushes_of_users().for_each(|page| each(WorldLin(page << 12)));
+    }
+
     fn settle(&mut self) -> Result<(), WorldError> {
         self.flush()
     }

@@ -97,7 +97,7 @@ impl<S: Side> Guest<'_, S> {
         self.side.read(self.at(lin, false)?)
     }
     /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `page_fault` was told.
-    fn names_cs(&self, eip: u32) -> bool {
+    pub(super) fn names_cs(&self, eip: u32) -> bool {
         let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
         has_cs_prefix(|i| byte(eip.wrapping_add(i)))
     }
@@ -238,7 +238,7 @@ impl<S: Side> Delivery<'_, S> {
         Some(self.enter(esp))
     }
     /// See [`page_fault`].
-    fn page_fault(mut self, fault: &PageFault) -> Option<HwRegs> {
+    pub(super) fn page_fault(mut self, fault: &PageFault) -> Option<HwRegs> {
         let &PageFault { error_code, lin, fetch } = fault;
         if !self.holds() {
             return None;
@@ -311,6 +311,10 @@ impl RawSide {
             let rules = (&raw const (*a).fill.rules).read_volatile();
             (RawSide { a, ram }, rules, (&raw const (*a).regs).read_volatile())
         }
+    }
+    /// Guest RAM.
+    pub(super) fn ram(&self) -> &Ram {
+        &self.ram
     }
     /// The world goes on with these registers.
     pub(super) fn go_on(&self, regs: HwRegs) {

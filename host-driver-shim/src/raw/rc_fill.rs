@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
-use super::fill::{LOG, NO_FAULT, Note, is_set, note, put};
+use super::fill::{FillArea, LOG, NO_FAULT, Note, is_set, note, put};
 use super::rc::map;
 use super::rc_walk::{Access, Page, Tables, is_absent, prefetch, refusal, right, walk};
 use super::rc_window;
@@ -131,31 +131,53 @@ pub(crate) unsafe fn refill(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> boo
 /// As [`answer`].
 unsafe fn fill_as(a: *mut Arena, cr2: u32, error: u32, cs: u16, is_refill: bool) -> bool {
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
-    let (area, rules) = unsafe { (&raw const (*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
-    if error & PF_FETCH != 0 || !rules.mode.contains(FillMode::ENABLED) {
+    let (area, rules) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
+    if error & PF_FETCH != 0 {
         return false;
     }
-    // SAFETY: as above: references to arrays of atomics and to atomics.
-    let (present, foreign, last, answered) =
-        unsafe { (&(*area).present, &(*area).foreign, &(*area).last, &(*area).answered) };
-    // SAFETY: as above.
-    let (log, noted, large_regions, ram_pages) =
-        unsafe { (&(*area).log, &(*area).noted, &(*area).large, (*area).ram_pages.load(Relaxed)) };
-    let write = error & PF_WRITE != 0;
+    let user_code = rules.user_cs != 0 && rules.user_cs == u32::from(cs);
+    let user = user_code || !rules.mode.contains(FillMode::SUPERVISOR);
+    let ram = Ram { pages: area.ram_pages.load(Relaxed) };
+    let target = Target { area, rules: &rules, ram: &ram, user, windows: is_refill };
+    let mut now = |at: u32, pages: u32, prot: u32, pfn: u64| {
+        map(at << 12, pages << 12, prot, RAM_FD as u32, pfn << 12) >= 0
+    };
+    fill_in(&target, cr2, error & PF_WRITE != 0, &mut now)
+}
+
+/// Maps so many pages at this one of the world with these rights (PROT_*) to frames from this one on; false: that failed.
+pub(crate) type Map<'a> = &'a mut dyn FnMut(u32, u32, u32, u64) -> bool;
+
+/// The world that is to be filled.
+pub(crate) struct Target<'a> {
+    pub(crate) area: &'a FillArea,
+    /// How its guest's tables are walked.
+    pub(crate) rules: &'a FillRules,
+    pub(crate) ram: &'a Ram,
+    /// With the rights of guest ring 3.
+    pub(crate) user: bool,
+    /// A window may answer.
+    pub(crate) windows: bool,
+}
+
+/// Fills a miss of a world's data shadow at world address `cr2`; false if that cannot be done here.
+pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) -> bool {
+    let &Target { area, rules, ram, user, windows: is_refill } = target;
+    if !rules.mode.contains(FillMode::ENABLED) {
+        return false;
+    }
+    let FillArea { present, foreign, last, answered, log, noted, large: large_regions, .. } = area;
     // The same fault again: the host does not do what we think. The monitor knows more.
     let this = cr2 & !0xfff | u32::from(write) << 1;
     if last.swap(this, Relaxed) == this {
         return false;
     }
-    let user_code = rules.user_cs != 0 && rules.user_cs == u32::from(cs);
-    let user = user_code || !rules.mode.contains(FillMode::SUPERVISOR);
-    let ram = Ram { pages: ram_pages };
     let lin = cr2.wrapping_sub(rules.delta);
-    let place = Places { rules: &rules, foreign };
+    let place = Places { rules, foreign };
     if place.is_taken(cr2 >> 12) {
         return false;
     }
-    let Some(page) = walk(&ram, &rules, lin, write, user) else { return false };
+    let Some(page) = walk(ram, rules, lin, write, user) else { return false };
     let exposed = |at: u32, rights: u32| rights & right::USER == 0 && at < rules.users_below;
     if exposed(lin, page.rights) {
         return false;
@@ -174,7 +196,7 @@ unsafe fn fill_as(a: *mut Arena, cr2: u32, error: u32, cs: u16, is_refill: bool)
     if large && let Some(w) = large_regions.get((lin >> 26) as usize) {
         w.store(w.load(Relaxed) | 1 << (lin >> 21 & 31), Relaxed);
     }
-    let mut runs = Runs { log, noted, present, run: None };
+    let mut runs = Runs { log, noted, present, run: None, map };
     let mut fine = runs.have_room();
     let may_write =
         |rights: u32| rights & right::WRITABLE != 0 || !user && !rules.mode.contains(FillMode::WP);
@@ -184,7 +206,7 @@ unsafe fn fill_as(a: *mut Arena, cr2: u32, error: u32, cs: u16, is_refill: bool)
         let free = |p: u32| {
             !is_set(present, p)
                 && !place.is_taken(p)
-                && is_absent(&ram, &rules, (p << 12).wrapping_sub(rules.delta))
+                && is_absent(ram, rules, (p << 12).wrapping_sub(rules.delta))
         };
         if rc_window::windows().let_in(at, pfn, present, free) {
             put(present, at, 1, true);
@@ -204,7 +226,7 @@ unsafe fn fill_as(a: *mut Arena, cr2: u32, error: u32, cs: u16, is_refill: bool)
             let into = u64::from(number).wrapping_sub(u64::from(centre)) << 12;
             Some(Page { frame: page.frame.wrapping_add(into), ..page })
         } else {
-            prefetch(&ram, &rules, number << 12, user).filter(|p| !exposed(number << 12, p.rights))
+            prefetch(ram, rules, number << 12, user).filter(|p| !exposed(number << 12, p.rights))
         };
         let this = this.filter(|p| ram.holds(p.frame >> 12)).map(|p| {
             let writes =
@@ -247,6 +269,7 @@ struct Runs<'a> {
     noted: &'a AtomicU32,
     present: &'a super::fill::Bitmap,
     run: Option<Run>,
+    map: Map<'a>,
 }
 
 impl Runs<'_> {
@@ -286,7 +309,7 @@ impl Runs<'_> {
             return false;
         }
         let prot = libc::PROT_READ | if run.writes { libc::PROT_WRITE } else { 0 };
-        if map(run.at << 12, run.pages << 12, prot as u32, RAM_FD as u32, run.pfn << 12) < 0 {
+        if !(self.map)(run.at, run.pages, prot as u32, run.pfn) {
             return false;
         }
         put(self.present, run.at, run.pages, true);

@@ -127,8 +127,8 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     // The same fault again is what is to be expected now.
     area.last.store(NO_FAULT, Relaxed);
     area.flushes_done.store(area.flushes_done.load(Relaxed).wrapping_add(1), Relaxed);
-    // SAFETY: by contract: an atomic.
-    unsafe { (*a).users.stale.store(1, Relaxed) };
+    // SAFETY: by contract.
+    unsafe { rc_users::flushed(a, lin >> 12, page) };
     // SAFETY: by contract.
     unsafe { finish(a, quick) };
     true

@@ -2,6 +2,8 @@
 
 use super::*;
 
+/// In the vCPU page's `REFILL`: the fault was a write.
+pub(super) const REFILL_WRITE: u32 = 2;
 /// DR6.BS: the debug exception is a single step.
 const DR6_BS: u32 = 1 << 14;
 
@@ -55,7 +57,10 @@ impl RawEngine {
                     ReasonKind::PendingAfterIret => world.vcpu_read(vp::SCRATCH_TARGET),
                 };
                 if kind == ReasonKind::Emulate && site.kind == csam::SensitiveKind::Iret {
-                    if world.vcpu_read(vp::REFILL) != 0 {
+                    let refill = world.vcpu_read(vp::REFILL);
+                    if refill != 0 && self.boundary == Some(Boundary::Worlds) {
+                        self.refill = Some((GuestLin(refill & !0xfff), refill & REFILL_WRITE != 0));
+                    } else if refill != 0 {
                         self.learn_refill(reason);
                     }
                     self.retract_transitions(number);

@@ -185,7 +185,11 @@ impl RawEngine {
                     space.invalidate(lin, &layout)?;
                 }
             }
-            for space in &mut self.users {
+            for (i, space) in self.users.iter_mut().enumerate() {
+                if self.may_enter == Some(i) {
+                    // The world has seen to that one, too.
+                    continue;
+                }
                 if space.role == (Role::User { cr3: cpu.cr3 }) || space.data.get(lin).global() {
                     space.invalidate(lin, &layout)?;
                 }

@@ -673,6 +673,9 @@ impl RawEngine {
         m.ran_natively();
         let flushed = space.take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
+        if let Place::Kernel(number) = place {
+            self.follow_users(number, m.frames())?;
+        }
         if !flushed.is_empty() {
             m.forget_translations();
         }

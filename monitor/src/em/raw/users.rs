@@ -16,9 +16,7 @@ impl RawEngine {
         let Place::Kernel(number) = place else { return Ok(None) };
         let rules = self.users_rules;
         let role = Role::User { cr3: cpu.cr3 };
-        // A page to be mapped on the way back is for us to map.
-        let wanted =
-            self.boundary == Some(Boundary::Worlds) && rules.gate.ready != 0 && self.refill.is_none();
+        let wanted = self.boundary == Some(Boundary::Worlds) && rules.gate.ready != 0;
         let user = if wanted { self.users.iter().position(|s| s.role == role) } else { None };
         let cell = user.and_then(|i| self.users[i].world.cell());
         let (Some(i), Some(cell)) = (user, cell) else {
@@ -47,9 +45,29 @@ impl RawEngine {
             }
             Err(e) => return Err(e.into()),
         }
-        self.kernels[number].world.set_users(&UsersRules { cell: cell + 1, ..rules });
+        let world = &mut self.kernels[number].world;
+        world.set_users(&UsersRules { cell: cell + 1, ..rules });
+        if let Some((lin, write)) = self.refill.take() {
+            let write = if write { exits::REFILL_WRITE } else { 0 };
+            world.vcpu_write(vp::REFILL, lin.page_base().0 | write | 1);
+        }
         self.may_enter = Some(i);
         Ok(Some(i))
+    }
+
+    /// Follows what the world of ring 0 has done with the one it may enter in the run that just ended.
+    pub(super) fn follow_users(&mut self, number: usize, frames: u32) -> Result<(), RawError> {
+        let Some(i) = self.may_enter else { return Ok(()) };
+        let layout = self.layout;
+        let space = &mut self.users[i];
+        space.take_fills(&layout, frames)?;
+        let mut mapped = Vec::new();
+        self.kernels[number].world.take_flushes_of_users(&mut |at| mapped.push(at));
+        for at in mapped {
+            space.drop_data(layout.guest_of_data(at), &layout)?;
+            space.world.unmap(at, 0x1000)?;
+        }
+        Ok(())
     }
 
     /// The world of ring 0 enters none any more.
