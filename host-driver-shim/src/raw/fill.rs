@@ -137,9 +137,9 @@ impl ArenaMap {
     }
 
     fn bitmap(&self, offset: usize) -> &Bitmap {
+        let (map, start) = self.fill_area();
         // SAFETY: `offset` is that of one of the two bitmaps, so this lies inside the mapping, which lives as long as
         // self, at a multiple of 4; the elements are atomics.
-        let (map, start) = self.fill_area();
         unsafe { &*map.base().as_ptr().add(start + offset).cast::<Bitmap>() }
     }
 
@@ -254,9 +254,9 @@ impl ArenaMap {
     /// The atomic word at this offset of the fill area.
     fn fill_word(&self, offset: usize) -> &AtomicU32 {
         debug_assert!(offset + 4 <= size_of::<FillArea>());
+        let (map, start) = self.fill_area();
         // SAFETY: the callers pass the offset of an AtomicU32 inside FillArea (of the log: i < LOG), so it lies in the
         // mapping, which lives as long as self.
-        let (map, start) = self.fill_area();
         unsafe { AtomicU32::from_ptr(map.base().as_ptr().add(start + offset).cast()) }
     }
 }
