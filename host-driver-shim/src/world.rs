@@ -475,13 +475,13 @@ pub trait World {
     fn cell(&self) -> Option<u32> {
         None
     }
-    /// Lets this world of ring 0 enter a confined one by itself from the next run on. What queued commands do to that one is
-    /// done ([`World::settle`]), and it is not run by the caller meanwhile.
+    /// Lets this world of ring 0 enter a confined one by itself in the next run. That one has been told
+    /// ([`World::settle`]), and nothing is done with it meanwhile.
     fn set_users(&mut self, _rules: &UsersRules) {}
     /// Hands over pages of the confined world it may enter that the guest has flushed, which are mapped there still although
     /// [`World::take_fills`] of that one says otherwise. Until [`World::set_users`].
     fn take_flushes_of_users(&mut self, _each: &mut dyn FnMut(WorldLin)) {}
-    /// Carries out queued commands now.
+    /// Another world may enter this one: queued commands are to take effect before.
     fn settle(&mut self) -> Result<(), WorldError> {
         Ok(())
     }

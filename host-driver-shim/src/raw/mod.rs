@@ -220,6 +220,7 @@ impl RawEngine {
             mapper: None,
             cell,
             entered: None,
+            prepared: 0,
         };
         let cpu = engine.cpu.load(Ordering::Relaxed);
         if cpu != UNBOUND {
@@ -292,6 +293,8 @@ pub struct RawWorld {
     cell: Option<usize>,
     /// The cell of the confined world this one may enter by itself.
     entered: Option<usize>,
+    /// So many queued commands have been left for another world to have carried out.
+    prepared: usize,
 }
 
 impl RawWorld {
@@ -312,6 +315,7 @@ impl RawWorld {
 
     /// Carries out the queued commands now, without running guest code.
     pub fn flush(&mut self) -> Result<(), WorldError> {
+        self.take_back();
         if self.commands.is_empty() {
             return Ok(());
         }
@@ -350,6 +354,7 @@ impl RawWorld {
     }
 
     fn give_turn(&mut self, what: u32, signals: bool) -> Result<(), WorldError> {
+        self.take_back();
         let arena = &self.process.arena;
         let confined = self.process.orders.as_ref();
         arena.set_commands(if confined.is_some() { &[] } else { &self.commands });
@@ -504,6 +509,7 @@ impl RawWorld {
 
     /// A command failed. Nothing is queued any more.
     fn command_failed(&mut self, index: usize, errno: Option<i32>) -> WorldError {
+        self.prepared = 0;
         let Some(&c) = self.commands.get(index) else { return self.misbehaved() };
         self.commands.clear();
         let source = errno.map_or_else(|| io::Error::other("the host refused"), io::Error::from_raw_os_error);
@@ -548,7 +554,17 @@ impl RawWorld {
         Ok(exit)
     }
 
+    /// Takes commands back that were left for another world to have carried out, as far as it has not.
+    fn take_back(&mut self) {
+        let Some(orders) = self.process.orders.as_ref().filter(|_| self.prepared != 0) else { return };
+        let n = std::mem::take(&mut self.prepared).min(self.commands.len());
+        if orders.prepared().swap(0, Ordering::SeqCst) == 0 {
+            self.commands.drain(..n);
+        }
+    }
+
     fn push(&mut self, command: Command) -> Result<(), WorldError> {
+        self.take_back();
         if self.commands.len() >= COMMANDS {
             self.flush()?;
         }
@@ -618,6 +634,7 @@ impl World for RawWorld {
         }
         let data = matches!(backing, Backing::Ram(_)) && !prot.contains(Prot::EXEC);
         self.process.arena.show(at.0 >> 12, len >> 12, if data { Shown::Data } else { Shown::Other });
+        self.take_back();
         let c =
             Command { op: op::MAP, a: at.0, b: len, c: host_prot(prot), d: fd as u32, reserved: 0, offset };
         if let Some(last) = self.commands.last_mut()
@@ -753,7 +770,15 @@ impl World for RawWorld {
     }
 
     fn settle(&mut self) -> Result<(), WorldError> {
-        self.flush()
+        if self.process.is_dead() || self.finished {
+            return Err(self.died());
+        }
+        self.take_back();
+        if let Some(orders) = &self.process.orders {
+            orders.prepare(&self.commands);
+            self.prepared = self.commands.len();
+        }
+        Ok(())
     }
 
     fn take_exit(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
@@ -762,6 +787,10 @@ impl World for RawWorld {
         }
         if self.process.arena.get(Word::TURN) != turn::MONITOR {
             return Err(self.misbehaved());
+        }
+        let failed = self.process.orders.as_ref().and_then(OrdersMap::failed);
+        if let Some(index) = failed.filter(|_| self.prepared != 0) {
+            return Err(self.command_failed(index, None));
         }
         let kind = self.has_run()?;
         self.exit(kind, regs)

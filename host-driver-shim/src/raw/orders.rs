@@ -55,6 +55,8 @@ pub(crate) struct Orders {
     pub(crate) sending: AtomicU32,
     /// Not 0: the world sleeps in its bed.
     pub(crate) abed: AtomicU32,
+    /// So many orders are there to be carried out before the world is entered by another one.
+    pub(crate) prepared: AtomicU32,
     pub(crate) orders: [Order; ORDERS],
 }
 
@@ -120,16 +122,20 @@ impl OrdersMap {
         (self.word(offset_of!(Orders, failed)).load(Ordering::SeqCst) as usize).checked_sub(1)
     }
 
+    /// Writes the commands down for whoever enters the world, who has the mapper carry them out before.
+    pub(crate) fn prepare(&self, commands: &[Command]) {
+        let n = self.write(commands);
+        self.prepared().store(n as u32, Ordering::SeqCst);
+    }
+
+    /// So many orders are there to be carried out before the world is entered by another one.
+    pub(crate) fn prepared(&self) -> &AtomicU32 {
+        self.word(offset_of!(Orders, prepared))
+    }
+
     /// Has the mapper carry out the commands; yields what [`Self::done`] will be.
     pub(crate) fn give(&self, commands: &[Command], then: Then) -> u32 {
-        let mut n = 0;
-        for (i, c) in commands.iter().take(COMMANDS).enumerate() {
-            let name = i as u64 + 1;
-            for (call, arguments) in calls(c, n).into_iter().flatten() {
-                self.put(n, &Order { call, arguments, name });
-                n += 1;
-            }
-        }
+        let n = self.write(commands);
         self.word(offset_of!(Orders, failed)).store(0, Ordering::SeqCst);
         self.word(offset_of!(Orders, count)).store(n as u32, Ordering::SeqCst);
         let wakes = if then == Then::WakeWorld { WAKES } else { 0 };
@@ -139,6 +145,19 @@ impl OrdersMap {
         word.store(number, Ordering::SeqCst);
         futex_wake(word);
         number
+    }
+
+    /// Writes the commands as orders, and says how many these are.
+    fn write(&self, commands: &[Command]) -> usize {
+        let mut n = 0;
+        for (i, c) in commands.iter().take(COMMANDS).enumerate() {
+            let name = i as u64 + 1;
+            for (call, arguments) in calls(c, n).into_iter().flatten() {
+                self.put(n, &Order { call, arguments, name });
+                n += 1;
+            }
+        }
+        n
     }
 
     fn put(&self, index: usize, order: &Order) {

@@ -51,11 +51,22 @@ pub(crate) unsafe fn answer(
     if n == 0 || !alone && !joint {
         return None;
     }
-    let rows = (0..n.min(ROWS)).map(|i| {
-        // SAFETY: i < ROWS; as above.
-        unsafe { (&raw const (*a).cpuid.row).cast::<CpuidRow>().add(i).read_volatile() }
-    });
+    // SAFETY: by contract.
+    let rows = unsafe { rows(a) };
     answer_by(&Ram { pages }, &rules, rows, (eip, eflags), (leaf, subleaf))
+}
+
+/// The rows of the table.
+///
+/// # Safety
+/// As [`answer`].
+pub(crate) unsafe fn rows(a: *const Arena) -> impl Iterator<Item = CpuidRow> {
+    // SAFETY: by contract: an atomic.
+    let n = unsafe { (*a).cpuid.rows.load(Relaxed) as usize };
+    (0..n.min(ROWS)).map(move |i| {
+        // SAFETY: i < ROWS; the monitor writes the table only when it has the turn.
+        unsafe { (&raw const (*a).cpuid.row).cast::<CpuidRow>().add(i).read_volatile() }
+    })
 }
 
 /// The same from any table, for ring 3 in a flat code segment.

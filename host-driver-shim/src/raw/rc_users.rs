@@ -20,6 +20,7 @@ use super::arena::{Arena, CELLS, CELLS_VA, Cell, Fx, RAM_FD, exit_kind, request,
 use super::fill::{NO_FAULT, is_set, note, put};
 use super::orders::{ORDERS, Order, Orders, WAKES};
 use super::rc::{populate, syscall};
+use super::rc_cpuid;
 use super::rc_deliver::{
     CPL, Delivery, FIXED, Guest, HIDDEN_FLAGS, HOST_RING0, HOST_RING3, IF, IF_FLAG, IOPL, NATIVE, PageFault,
     REFILL, REFILL_WRITE, RF, RawSide, SELECTORS, Side,
@@ -42,6 +43,8 @@ const ESP: usize = 4;
 /// `int imm8`.
 const INT: u32 = 0xcd;
 const GENERAL_PROTECTION: u32 = 13;
+/// The name of an order that is no command of the monitor's.
+const OURS: u64 = u32::MAX as u64;
 const PAGE_FAULT: u32 = 14;
 /// Page-fault error code: a fetch.
 const PF_FETCH: u32 = 16;
@@ -296,6 +299,22 @@ unsafe fn stay(
             calls.store(calls.load(Relaxed).wrapping_add(1), Relaxed);
             return End::Ring0(ring0);
         }
+        if kind == exit_kind::FAULT && vector == GENERAL_PROTECTION && is_as_given(side, rules, &ring3) {
+            let [eax, ecx, ..] = ring3.gpr;
+            // SAFETY: by contract.
+            let rows = unsafe { rc_cpuid::rows(a) };
+            let Some([a, b, c, d]) =
+                rc_cpuid::answer_by(side.ram(), &ring3_rules, rows, (ring3.eip, ring3.eflags), (eax, ecx))
+            else {
+                return End::Monitor;
+            };
+            let [_, _, _, _, esp, ebp, esi, edi] = ring3.gpr;
+            let next =
+                HwRegs { gpr: [a, c, d, b, esp, ebp, esi, edi], eip: ring3.eip.wrapping_add(2), ..ring3 };
+            // SAFETY: as above.
+            unsafe { (&raw mut (*users).regs).write_volatile(next) };
+            continue;
+        }
         if kind != exit_kind::FAULT || vector != PAGE_FAULT || !is_as_given(side, rules, &ring3) {
             return End::Monitor;
         }
@@ -350,8 +369,10 @@ impl Work {
     /// As [`enter`]; `orders` are mapped, and their mapper has nothing to do.
     unsafe fn begin(a: *mut Arena, orders: *mut Orders) -> Work {
         // SAFETY: by contract: atomics.
-        let (flushes, list) = unsafe { (&(*a).users.flushes, &(*a).users.flushed) };
-        let mut work = Work { orders, n: 0 };
+        let (flushes, list, prepared) =
+            unsafe { (&(*a).users.flushes, &(*a).users.flushed, &(*orders).prepared) };
+        // What the monitor has prepared lies before what comes from here.
+        let mut work = Work { orders, n: (prepared.swap(0, SeqCst) as usize).min(ORDERS) };
         for page in list.iter().take(flushes.load(Relaxed) as usize) {
             let at = u64::from(page.load(Relaxed)) << 12;
             work.order(libc::SYS_munmap, [at & 0xffff_f000, 4096, 0, 0, 0, 0]);
@@ -372,7 +393,7 @@ impl Work {
         // SAFETY: by the contract of `begin`, and the index is below ORDERS.
         unsafe {
             let first = (&raw mut (*self.orders).orders).cast::<Order>();
-            first.add(self.n).write_volatile(Order { call: call as u64, arguments, name: 1 });
+            first.add(self.n).write_volatile(Order { call: call as u64, arguments, name: OURS });
         }
         self.n = self.n.wrapping_add(1);
         true
