@@ -44,6 +44,13 @@ impl Guest {
         guest
     }
 
+    /// In a world that may enter confined ones, with this code at [`CODE`].
+    pub(crate) fn master(code: &[u8]) -> Guest {
+        let guest = Guest::in_world(None, RawEngine::spawn_master);
+        guest.put(code);
+        guest
+    }
+
     fn in_world(cpu: Option<usize>, spawn: impl FnOnce(&RawEngine) -> Result<RawWorld, WorldError>) -> Guest {
         let ram = GuestRam::new(16 << 20).unwrap();
         let code = CodeMemory::new(1 << 20).unwrap();
