@@ -38,7 +38,7 @@ pub(crate) struct Order {
 pub(crate) struct Orders {
     /// Changes when there are new orders; the mapper sleeps here.
     pub(crate) go: AtomicU32,
-    /// [`Orders::go`] of the last orders carried out or given up.
+    /// [`Orders::go`] of the last orders after which the monitor was to be woken, or one of which failed.
     pub(crate) done: AtomicU32,
     /// [`Order::name`] of the one that failed; 0: none.
     pub(crate) failed: AtomicU32,
@@ -62,12 +62,12 @@ pub(crate) struct Orders {
 
 const _: () = assert!(size_of::<Order>() == 64 && size_of::<Orders>().is_multiple_of(4096));
 
-/// What the mapper does behind the last command. It says that it is done in any case.
+/// What the mapper does behind the last command.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Then {
     /// Wakes the world.
     WakeWorld,
-    /// Wakes the monitor.
+    /// Says that it is done, and wakes the monitor.
     Tell,
 }
 

@@ -360,7 +360,12 @@ fn is_as_given(side: &RawSide, rules: &UsersRules, regs: &HwRegs) -> bool {
 struct Work {
     orders: *mut Orders,
     n: usize,
+    /// Pages the guest has flushed: what is mapped there goes, unless something else is mapped instead.
+    flushed: [u32; FLUSHES],
 }
+
+/// In [`Work::flushed`].
+const NO_PAGE: u32 = u32::MAX;
 
 impl Work {
     /// With what the guest has flushed.
@@ -372,10 +377,11 @@ impl Work {
         let (flushes, list, prepared) =
             unsafe { (&(*a).users.flushes, &(*a).users.flushed, &(*orders).prepared) };
         // What the monitor has prepared lies before what comes from here.
-        let mut work = Work { orders, n: (prepared.swap(0, SeqCst) as usize).min(ORDERS) };
-        for page in list.iter().take(flushes.load(Relaxed) as usize) {
-            let at = u64::from(page.load(Relaxed)) << 12;
-            work.order(libc::SYS_munmap, [at & 0xffff_f000, 4096, 0, 0, 0, 0]);
+        let n = (prepared.swap(0, SeqCst) as usize).min(ORDERS);
+        let mut work = Work { orders, n, flushed: [NO_PAGE; FLUSHES] };
+        let listed = list.iter().take(flushes.load(Relaxed) as usize);
+        for (slot, page) in work.flushed.iter_mut().zip(listed) {
+            *slot = page.load(Relaxed) & 0xf_ffff;
         }
         work
     }
@@ -383,7 +389,24 @@ impl Work {
     fn map(&mut self, page: u32, pages: u32, prot: u32, pfn: u64) -> bool {
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | populate(pages << 12);
         let (at, len) = (u64::from(page) << 12, u64::from(pages) << 12);
-        self.order(libc::SYS_mmap, [at, len, u64::from(prot), flags as u64, RAM_FD as u64, pfn << 12])
+        let arguments = [at, len, u64::from(prot), flags as u64, RAM_FD as u64, pfn << 12];
+        let fits = self.order(libc::SYS_mmap, arguments);
+        // It takes the place of what is there.
+        for slot in self.flushed.iter_mut().filter(|slot| fits && slot.wrapping_sub(page) < pages) {
+            *slot = NO_PAGE;
+        }
+        fits
+    }
+
+    /// False: there are too many orders.
+    fn unmap_flushed(&mut self) -> bool {
+        for page in std::mem::replace(&mut self.flushed, [NO_PAGE; FLUSHES]) {
+            let at = u64::from(page) << 12;
+            if page != NO_PAGE && !self.order(libc::SYS_munmap, [at, 4096, 0, 0, 0, 0]) {
+                return false;
+            }
+        }
+        true
     }
 
     fn order(&mut self, call: i64, arguments: [u64; 6]) -> bool {
@@ -418,6 +441,9 @@ impl Work {
                 &(*orders).sending,
             )
         };
+        if !self.unmap_flushed() {
+            return false;
+        }
         let ordered = self.n != 0;
         turn.store(turn::WORLD, SeqCst);
         abed.store(0, Relaxed);
