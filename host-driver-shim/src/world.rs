@@ -478,6 +478,10 @@ pub trait World {
     /// Lets this world of ring 0 enter a confined one by itself in the next run. That one has been told
     /// ([`World::settle`]), and nothing is done with it meanwhile.
     fn set_users(&mut self, _rules: &UsersRules) {}
+    /// Of the flushes this world has done by itself there was one that the confined world it may enter has not followed.
+    fn users_are_stale(&self) -> bool {
+        true
+    }
     /// Hands over pages of the confined world it may enter that the guest has flushed, which are mapped there still although
     /// [`World::take_fills`] of that one says otherwise. Until [`World::set_users`].
     fn take_flushes_of_users(&mut self, _each: &mut dyn FnMut(WorldLin)) {}

@@ -225,6 +225,26 @@ fn what_the_guest_has_flushed_is_gone_when_ring_3_goes_on() {
 }
 
 #[test]
+fn a_flush_that_cannot_be_followed_here_is_left_to_the_monitor() {
+    let mut b = both(&load_and_call());
+    b.set_page(0, PRESENT);
+    b.run(b.iret);
+    assert!(!b.ring0.world.users_are_stale());
+    // The page of ring 3's code; and with `invlpg` of nothing that is mapped ring 3 may run.
+    for (lin, stale) in [(USER, true), (AREA + 0x3000, false)] {
+        b.ring3.settle().unwrap();
+        b.ring0.world.set_users(&b.rules);
+        let mut r = HwRegs { eip: b.flush, ..regs() };
+        r.gpr[ESP] = FRAME;
+        r.gpr[EAX] = lin;
+        let reason = if stale { IRET } else { CALLED };
+        assert_eq!(b.ring0.run(&mut r), WorldExit::Gate { reason });
+        assert_eq!(b.ring0.world.users_are_stale(), stale);
+        b.ring0.world.take_fills(&mut |_| ());
+    }
+}
+
+#[test]
 fn commands_of_the_monitor_take_effect_before_ring_3_is_entered() {
     let mut b = both(&load_and_call());
     for i in 0..100u64 {

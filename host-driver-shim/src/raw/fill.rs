@@ -210,6 +210,11 @@ impl ArenaMap {
         let _in_range = self.shared().write_u32(offset_of!(Arena, users.flushes) as u64, 0);
     }
 
+    /// The guest has flushed something the world of ring 0 has not followed for the confined world.
+    pub(crate) fn users_are_stale(&self) -> bool {
+        self.shared().read_u32(offset_of!(Arena, users.stale) as u64) != Some(0)
+    }
+
     /// World pages of the confined world whose flush the world of ring 0 has followed there in its notes only.
     pub(crate) fn flushes_of_users(&self) -> impl Iterator<Item = u32> {
         let word = |at: usize| self.shared().read_u32(at as u64).unwrap_or(0);

@@ -335,6 +335,10 @@ impl RawWorld {
     /// Gives the world the turn, waits until it gives it back, and says why it did (an allegation).
     fn hand_over(&mut self, what: u32) -> Result<u32, WorldError> {
         self.give_turn(what, true)?;
+        if self.process.orders.is_some() {
+            // The mapper has carried them out.
+            self.commands.clear();
+        }
         self.has_run()
     }
 
@@ -345,8 +349,9 @@ impl RawWorld {
         if self.process.orders.is_some() {
             if signalled {
                 // It may take that signal only now, and would not stay asleep.
-                self.commands.clear();
+                let later = std::mem::take(&mut self.commands);
                 self.give_turn(request::COMMANDS, false)?;
+                self.commands = later;
             }
             self.put_to_bed()?;
         }
@@ -765,6 +770,10 @@ impl World for RawWorld {
         self.process.arena.set_users(rules);
     }
 
+    fn users_are_stale(&self) -> bool {
+        self.process.arena.users_are_stale()
+    }
+
     fn take_flushes_of_users(&mut self, each: &mut dyn FnMut(WorldLin)) {
         self.process.arena.flushes_of_users().for_each(|page| each(WorldLin(page << 12)));
     }
@@ -792,6 +801,7 @@ impl World for RawWorld {
         if let Some(index) = failed.filter(|_| self.prepared != 0) {
             return Err(self.command_failed(index, None));
         }
+        self.take_back();
         let kind = self.has_run()?;
         self.exit(kind, regs)
     }

@@ -11,8 +11,8 @@ use super::arena::{COMMANDS, Cell, Command, ORDERS_VA, op};
 use super::spawn::futex_wake;
 use crate::shared::SharedMap;
 
-/// How many orders fit: a command is one or two.
-pub(crate) const ORDERS: usize = 2 * COMMANDS;
+/// How many orders fit: a command is one or two, and whoever enters the world has some more.
+pub(crate) const ORDERS: usize = 2 * COMMANDS + 256;
 /// `modify_ldt`: write a descriptor, in the manner of newer kernels.
 const WRITE_LDT: u64 = 0x11;
 /// Size of `struct user_desc`.

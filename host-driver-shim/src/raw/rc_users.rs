@@ -107,6 +107,9 @@ pub(crate) unsafe fn enter(a: *mut Arena) -> bool {
     let cell = cell_of(&rules);
     // SAFETY: by contract.
     let (side, fill, regs) = unsafe { RawSide::begin(a) };
+    if !fill.mode.contains(FillMode::ENABLED) {
+        return false;
+    }
     let Some(ring3) = leave_ring0(&side, &fill, &rules, &regs) else { return false };
     // SAFETY: the rules name a cell only to a world that has all of them mapped.
     match unsafe { stay(a, cell, &side, &fill, &rules, &ring3) } {

@@ -179,6 +179,12 @@ impl RawEngine {
         pages: &[GuestLin],
     ) -> Result<(), RawError> {
         let layout = self.layout;
+        let followed = match place {
+            Place::Kernel(number) if !pages.is_empty() => {
+                self.may_enter.filter(|_| !self.kernels[number].world.users_are_stale())
+            }
+            _ => None,
+        };
         for &lin in pages {
             for (i, space) in self.kernels.iter_mut().enumerate() {
                 if Place::Kernel(i) != place && space.data.get(lin).global() {
@@ -186,7 +192,7 @@ impl RawEngine {
                 }
             }
             for (i, space) in self.users.iter_mut().enumerate() {
-                if self.may_enter == Some(i) {
+                if followed == Some(i) {
                     // The world has seen to that one, too.
                     continue;
                 }
