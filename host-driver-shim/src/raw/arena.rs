@@ -139,6 +139,11 @@ pub(crate) struct Fx(pub(crate) [u8; 512]);
 #[repr(C, align(4096))]
 pub(crate) struct Page(pub(crate) [u8; 4096]);
 
+/// Index in [`Arena::filters`]: the filter of the thread that runs guest code.
+pub(crate) const OWN_FILTER: usize = 0;
+/// The same of a confined world's mapper.
+pub(crate) const MAPPERS_FILTER: usize = 1;
+
 /// How many BPF instructions the jail's filter may have.
 pub(crate) const FILTER_MAX: usize = 256;
 
@@ -338,9 +343,7 @@ impl ArenaMap {
                 return false;
             }
         }
-        let [own, mappers] = [Word::FILTER_LEN, Word::MAPPER_FILTER_LEN];
-        self.set(if which == 0 { own } else { mappers }, n);
-        true
+        self.arena.write_u32((offset_of!(Arena, filter_len) + which * 4) as u64, n).is_some()
     }
 
     /// Reads a u32 of the vCPU page; 0 outside it.
@@ -396,6 +399,4 @@ impl Word {
     pub(crate) const CONFINED: Word = Word(offset_of!(Arena, confined));
     pub(crate) const MASTER: Word = Word(offset_of!(Arena, master));
     pub(crate) const MAPPER: Word = Word(offset_of!(Arena, mapper));
-    pub(crate) const FILTER_LEN: Word = Word(offset_of!(Arena, filter_len));
-    pub(crate) const MAPPER_FILTER_LEN: Word = Word(offset_of!(Arena, filter_len) + 4);
 }

@@ -8,9 +8,9 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
-    ARENA_FD, ARENA_VA, Arena, CELLS, CELLS_FD, CELLS_VA, Cell, FILTER_MAX, ORDERS_FD, ORDERS_VA, RAM_FD,
-    RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA, WINDOWS_VA,
-    exit_kind,
+    ARENA_FD, ARENA_VA, Arena, CELLS, CELLS_FD, CELLS_VA, Cell, FILTER_MAX, ORDERS_FD, ORDERS_VA, OWN_FILTER,
+    RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA,
+    WINDOWS_VA, exit_kind,
 };
 use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
 use super::orders::Orders;
@@ -199,7 +199,7 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
         check(unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0)?;
     }
     *step = 13;
-    install_filter(0)?;
+    install_filter(OWN_FILTER)?;
     *step = 14;
     // SAFETY: as above.
     unsafe { (*a).setup_step.store(*step, Release) };

@@ -9,7 +9,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::arena::{ARENA_VA, Arena, Cell, ORDERS_FD, ORDERS_VA, STACK_TOP};
+use super::arena::{ARENA_VA, Arena, Cell, MAPPERS_FILTER, ORDERS_FD, ORDERS_VA, STACK_TOP};
 use super::init::install_filter;
 use super::orders::{ORDERS, Order, Orders};
 use super::rc::{arena, death, die, syscall};
@@ -153,7 +153,7 @@ extern "C" fn main(cell: *mut libc::c_void) -> i32 {
     // SAFETY: the kernel reads 8 bytes; a thread that shares its memory but has no signal stack must take no signal.
     let fine =
         unsafe { syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK as u64, blocked, 0, 8, 0, 0) } == 0;
-    if !fine || install_filter(1).is_err() {
+    if !fine || install_filter(MAPPERS_FILTER).is_err() {
         die(death::SETUP);
     }
     // SAFETY: gettid touches no memory. The assembly says that it is ready when it needs the stack no more.

@@ -46,7 +46,8 @@ use crate::world::{
     initial_fx,
 };
 use arena::{
-    ARENA_FD, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, RAM_FD, Word, exit_kind, op, request, turn,
+    ARENA_FD, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, MAPPERS_FILTER, OWN_FILTER, RAM_FD, Word,
+    exit_kind, op, request, turn,
 };
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
 pub use cpuid_faults::CpuidFaults;
@@ -178,9 +179,10 @@ impl RawEngine {
             _ => (ArenaMap::new().map_err(host(failed))?, None, None),
         };
         let fits = match cell {
-            None => arena.set_filter(0, &engine.filters.plain),
+            None => arena.set_filter(OWN_FILTER, &engine.filters.plain),
             Some(_) => {
-                arena.set_filter(0, &engine.filters.confined) && arena.set_filter(1, &engine.filters.mapper)
+                arena.set_filter(OWN_FILTER, &engine.filters.confined)
+                    && arena.set_filter(MAPPERS_FILTER, &engine.filters.mapper)
             }
         };
         if !fits {

@@ -96,10 +96,13 @@ impl<S: Side> Guest<'_, S> {
     pub(super) fn read(&self, lin: u32) -> Option<u32> {
         self.side.read(self.at(lin, false)?)
     }
+    /// Any byte.
+    pub(super) fn byte(&self, lin: u32) -> Option<u8> {
+        self.read(lin & !3).map(|word| (word >> (8 * (lin & 3))) as u8)
+    }
     /// The instruction at `eip` has a CS prefix: it reads the code view, and what faulted is not what `page_fault` was told.
     pub(super) fn names_cs(&self, eip: u32) -> bool {
-        let byte = |at: u32| self.read(at & !3).map(|word| (word >> (8 * (at & 3))) as u8);
-        has_cs_prefix(|i| byte(eip.wrapping_add(i)))
+        has_cs_prefix(|i| self.byte(eip.wrapping_add(i)))
     }
     /// Writes a frame whose last word is at `esp`; false: nothing is written.
     fn push(&self, esp: u32, frame: &[u32]) -> bool {
@@ -202,7 +205,7 @@ impl<S: Side> Delivery<'_, S> {
         self.regs
     }
     /// See [`interrupt`].
-    fn interrupt(mut self, behind: Option<u32>) -> Option<HwRegs> {
+    fn interrupt(self, behind: Option<u32>) -> Option<HwRegs> {
         if !self.holds() || self.get(IF_FLAG) & IF == 0 {
             return None;
         }
@@ -215,21 +218,18 @@ impl<S: Side> Delivery<'_, S> {
             }
             return Some(self.enter(esp));
         }
-        let (frame, esp0) = self.ring3_frame().filter(|_| self.is_from_ring3())?;
-        let esp = esp0.wrapping_sub(20);
-        if !self.guest.push(esp, &frame) {
-            return None;
-        }
-        self.leave_ring3();
-        Some(self.enter(esp))
+        let next = self.regs.eip;
+        self.interrupt_ring3(next)
     }
     /// Sends ring 3 through the gate for an `int n` behind which is `next`, and yields the registers to go on with. `None`: the
     /// monitor is to do it, and nothing has changed (but A and D bits it sets in any case).
-    pub(super) fn software(mut self, next: u32) -> Option<HwRegs> {
-        if !self.holds() || !self.is_from_ring3() {
-            return None;
-        }
-        let ([_, cs, flags, user_esp, user_ss], esp0) = self.ring3_frame()?;
+    pub(super) fn software(self, next: u32) -> Option<HwRegs> {
+        if self.holds() { self.interrupt_ring3(next) } else { None }
+    }
+    /// From ring 3, which is to go on at `next`, without an error code. The tables hold.
+    fn interrupt_ring3(mut self, next: u32) -> Option<HwRegs> {
+        let ([_, cs, flags, user_esp, user_ss], esp0) =
+            self.ring3_frame().filter(|_| self.is_from_ring3())?;
         let esp = esp0.wrapping_sub(20);
         if !self.guest.push(esp, &[next, cs, flags, user_esp, user_ss]) {
             return None;
@@ -321,6 +321,16 @@ impl RawSide {
         // SAFETY: by the contract of `begin`: while the world has the turn only we touch its registers.
         unsafe { (&raw mut (*self.a).regs).write_volatile(regs) };
     }
+    /// Counts a page fault of the guest's, and notes which page ring 3 will want when its handler has answered.
+    pub(super) fn has_delivered(&self, fault: &PageFault, from_ring3: bool) {
+        if from_ring3 && !fault.fetch {
+            let write = if fault.error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
+            self.set(REFILL, fault.lin & !0xfff | write | 1);
+        }
+        // SAFETY: by the contract of `begin`: an atomic.
+        let delivered = unsafe { &(*self.a).fill.delivered };
+        delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
+    }
     fn word(&self, offset: u32) -> &AtomicU32 {
         // SAFETY: by the contract of `begin`.
         unsafe { vcpu_word(self.a, offset) }
@@ -374,17 +384,14 @@ pub(crate) unsafe fn interrupt(a: *mut Arena, rules: &DeliveryRules, behind: Opt
 /// # Safety
 /// In a world, `a` is its mapped arena with the registers of the interrupted guest code, and the world has the turn.
 pub(crate) unsafe fn deliver(a: *mut Arena, error_code: u32, lin: u32, fetch: bool) -> bool {
-    // SAFETY: by contract; the monitor writes the rules only when it has the turn, and the other is an atomic.
-    let ((side, fill, regs), rules, delivered) =
-        unsafe { (RawSide::begin(a), (&raw const (*a).delivery).read_volatile(), &(*a).fill.delivered) };
+    // SAFETY: by contract; the monitor writes the rules only when it has the turn.
+    let ((side, fill, regs), rules) =
+        unsafe { (RawSide::begin(a), (&raw const (*a).delivery).read_volatile()) };
     let d = Delivery { rules: &rules, guest: Guest { side: &side, rules: &fill }, regs };
     let from_ring3 = d.is_from_ring3();
-    let Some(regs) = d.page_fault(&PageFault { error_code, lin, fetch }) else { return false };
-    if from_ring3 && !fetch {
-        let write = if error_code & PF_WRITE != 0 { REFILL_WRITE } else { 0 };
-        side.set(REFILL, lin & !0xfff | write | 1);
-    }
+    let fault = PageFault { error_code, lin, fetch };
+    let Some(regs) = d.page_fault(&fault) else { return false };
+    side.has_delivered(&fault, from_ring3);
     side.go_on(regs);
-    delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
     true
 }

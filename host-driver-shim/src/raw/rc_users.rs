@@ -41,7 +41,7 @@ const SS: usize = 2;
 const DATA: [usize; 4] = [0, 3, 4, 5];
 const ESP: usize = 4;
 /// `int imm8`.
-const INT: u32 = 0xcd;
+const INT: u8 = 0xcd;
 const GENERAL_PROTECTION: u32 = 13;
 /// The name of an order that is no command of the monitor's.
 const OURS: u64 = u32::MAX as u64;
@@ -290,10 +290,9 @@ unsafe fn stay(
             exit_kind::FAULT if vector == GENERAL_PROTECTION => Some(ring3.eip),
             _ => None,
         };
-        let byte = |at: u32| guest.read(at & !3).map(|word| word >> (8 * (at & 3)) & 0xff);
         if let Some(at) = call
-            && byte(at) == Some(INT)
-            && byte(at.wrapping_add(1)) == Some(rules.vector)
+            && guest.byte(at) == Some(INT)
+            && guest.byte(at.wrapping_add(1)).map(u32::from) == Some(rules.vector)
         {
             let delivery = Delivery { rules: &rules.gate, guest, regs: ring3 };
             let Some(ring0) = delivery.software(at.wrapping_add(2)) else { return End::Monitor };
@@ -329,15 +328,9 @@ unsafe fn stay(
             // SAFETY: by contract; the monitor writes the rules only when it has the turn.
             let page_fault = unsafe { (&raw const (*a).delivery).read_volatile() };
             let delivery = Delivery { rules: &page_fault, guest, regs: ring3 };
-            let Some(ring0) = delivery.page_fault(&PageFault { error_code, lin, fetch }) else {
-                return End::Monitor;
-            };
-            if !fetch {
-                side.set(REFILL, lin & !0xfff | if write { REFILL_WRITE } else { 0 } | 1);
-            }
-            // SAFETY: by contract: an atomic.
-            let delivered = unsafe { &(*a).fill.delivered };
-            delivered.store(delivered.load(Relaxed).wrapping_add(1), Relaxed);
+            let fault = PageFault { error_code, lin, fetch };
+            let Some(ring0) = delivery.page_fault(&fault) else { return End::Monitor };
+            side.has_delivered(&fault, true);
             return End::Ring0(ring0);
         }
         // SAFETY: as above.

@@ -204,7 +204,7 @@ pub(crate) fn futex_wait(word: &AtomicU32, value: u32, timeout: &libc::timespec)
 pub(crate) struct Objects {
     pub(crate) ram: RawFd,
     pub(crate) code: RawFd,
-    /// The bitmap of watched frames, read-only; a confined world's orders; or nothing.
+    /// The bitmap of watched frames, read-only; of a confined world the memory its orders are in.
     pub(crate) watched: RawFd,
     /// All cells, for a world that may enter confined ones.
     pub(crate) cells: Option<RawFd>,
