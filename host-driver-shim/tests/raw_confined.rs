@@ -2,9 +2,13 @@
 
 mod common;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
+use host_driver_shim::raw::RawWorld;
 use host_driver_shim::world::{Backing, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
 
 /// Where the runtimes of worlds that may have guest RAM, watched frames and windows have them.
@@ -190,19 +194,35 @@ fn more_commands_than_fit_are_carried_out_too() {
     assert_eq!(g.run(&mut regs()), GP);
 }
 
+/// Kicks a world again and again.
+struct Storm {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Storm {
+    fn of(world: &RawWorld) -> Storm {
+        let (kicker, over) = (world.kicker(), Arc::new(AtomicBool::new(false)));
+        let seen = over.clone();
+        let thread = std::thread::spawn(move || {
+            while !seen.load(Ordering::Relaxed) {
+                kicker.kick();
+                std::thread::sleep(Duration::from_micros(30));
+            }
+        });
+        Storm { over, thread }
+    }
+    fn end(self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+    }
+}
+
 #[test]
 fn a_storm_of_kicks_loses_nothing_and_wakes_nobody() {
     // 1: inc eax; jnz 1b; hlt
     let mut g = Guest::confined(&[0x40, 0x75, 0xfd, 0xf4]);
-    let kicker = g.world.kicker();
-    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let over = stop.clone();
-    let storm = std::thread::spawn(move || {
-        while !over.load(std::sync::atomic::Ordering::Relaxed) {
-            kicker.kick();
-            std::thread::sleep(Duration::from_micros(30));
-        }
-    });
+    let storm = Storm::of(&g.world);
     let mut kicks = 0;
     for _ in 0..300 {
         let mut r = regs();
@@ -219,15 +239,53 @@ fn a_storm_of_kicks_loses_nothing_and_wakes_nobody() {
         // A mapping between two runs: a world that is awake might not have it.
         g.world.map(WorldLin(DATA), 0x1000, Backing::Ram(0x1000), Prot::READ).unwrap();
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    storm.join().unwrap();
+    storm.end();
     assert!(kicks > 100, "only {kicks} kicks came");
 }
 
 #[test]
 fn the_gate_and_system_calls_are_exits() {
-    let mut g = Guest::confined(&gate_jump(0x1234));
-    assert_eq!(g.run(&mut regs()), WorldExit::Gate { reason: 0x1234 });
-    g.put(&[0xcd, 0x80, 0xf4]);
+    let mut g = Guest::confined(&[0xcd, 0x80, 0xf4]);
     assert_eq!(g.run(&mut regs()), WorldExit::Syscall);
+    g.put(&call_jump(CODE, 0xdead_beef));
+    let mut r = HwRegs { eflags: 0x8d7, ..regs() };
+    for (i, register) in r.gpr.iter_mut().enumerate().filter(|(i, _)| *i != ESP) {
+        *register = 0x8001_0203u32.wrapping_mul(i as u32 + 1);
+    }
+    let before = r;
+    assert_eq!(g.run(&mut r), WorldExit::Gate { reason: 0 });
+    // The hardware has IF set in any case.
+    assert_eq!(r, HwRegs { eip: 0xdead_beef, eflags: 0xad7, ..before });
+}
+
+#[test]
+fn a_kick_on_the_way_to_the_gate_does_not_end_the_world() {
+    let mut g = Guest::confined(&call_jump(CODE, CODE));
+    let storm = Storm::of(&g.world);
+    let (mut kicks, mut gates) = (0, 0);
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        match g.run(&mut regs()) {
+            WorldExit::Kick => kicks += 1,
+            WorldExit::Gate { .. } => gates += 1,
+            exit => panic!("{exit:?}"),
+        }
+    }
+    storm.end();
+    assert!(kicks > 100 && gates > 100, "{kicks} {gates}");
+    let code = call_jump(CODE, CODE);
+    for at in [7, 13, 23] {
+        // `jmp $` in its place: that is on its way nowhere.
+        let mut spins = code.clone();
+        spins.truncate(at);
+        spins.extend([0xeb, 0xfe]);
+        g = Guest::confined(&spins);
+        let kicker = g.world.kicker();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            kicker.kick();
+        });
+        assert!(matches!(g.world.run(&mut regs()), Err(WorldError::Died(_))));
+        thread.join().unwrap();
+    }
 }

@@ -186,6 +186,33 @@ fn a_system_call_and_a_miss_of_the_shadow_need_no_monitor() {
 }
 
 #[test]
+fn a_system_call_that_leaves_by_the_gate_needs_no_monitor_either() {
+    // The guest's own code has `int 80h` at USER + 6; what ring 3 is shown jumps.
+    let mut b = both(&load_and_call());
+    b.set_page(0, PRESENT);
+    b.ring0.ram.write_u32(AREA_FRAME, 99).unwrap();
+    let [load @ .., _, _] = &load_and_call()[..] else { panic!("it ends with two bytes") };
+    let page = b.ring0.code.alloc().unwrap();
+    let shown = [load, &call_jump(USER + 6, USER + 8)].concat();
+    b.ring0.code.write(page, &shown).unwrap();
+    b.ring3.map(WorldLin(USER), 4096, Backing::Code(page), Prot::READ | Prot::EXEC).unwrap();
+    for round in 1..=300 {
+        let (exit, r) = b.run(b.iret);
+        assert_eq!(
+            (exit, r.gpr[EBX], b.word(STACK - 20)),
+            (WorldExit::Gate { reason: CALLED }, 99, USER + 8)
+        );
+        assert_eq!(b.ring0.world.reflected(), round);
+        b.fills();
+    }
+    // Where the guest has no such instruction it is the monitor's.
+    b.ring0.code.write(page, &call_jump(USER, USER + 5)).unwrap();
+    assert_eq!(b.run(b.iret).0, WorldExit::Users);
+    let mut r = HwRegs::default();
+    assert_eq!((b.ring3.take_exit(&mut r).unwrap(), r.eip), (WorldExit::Gate { reason: 0 }, USER + 5));
+}
+
+#[test]
 fn a_page_fault_goes_to_the_guest_and_its_page_is_mapped_on_the_way_back() {
     let mut b = both(&load_and_call());
     let (exit, r) = b.run(b.iret);

@@ -3,6 +3,7 @@
 //! Bytes are position independent until [`Emitter::finish`] is told the address; the length never depends on it.
 
 use crate::map::{EipMap, Finish, Fix, Point};
+use crate::patch::LongGate;
 use crate::vcpu_page as page;
 use alloc::vec::Vec;
 
@@ -31,10 +32,21 @@ enum Target {
 }
 
 struct Reloc {
-    /// Offset of the displacement, which ends its instruction.
+    /// Offset of the field.
     offset: usize,
-    wide: bool,
+    field: Field,
     target: Target,
+}
+
+/// How an instruction names its target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Field {
+    /// An 8-bit displacement, which ends the instruction.
+    Short,
+    /// The same with 32 bits.
+    Near,
+    /// The 32-bit address.
+    Absolute,
 }
 
 /// A way out of line: undo what the fast path did, then leave by the gate.
@@ -206,33 +218,44 @@ impl Emitter {
         }
     }
 
-    fn reloc(&mut self, wide: bool, target: Target) {
-        self.relocs.push(Reloc { offset: self.code.len(), wide, target });
-        self.code.extend_from_slice(if wide { &[0; 4] } else { &[0] });
+    fn reloc(&mut self, field: Field, target: Target) {
+        self.relocs.push(Reloc { offset: self.code.len(), field, target });
+        self.code.extend_from_slice(if field == Field::Short { &[0] } else { &[0; 4] });
     }
 
     /// `jcc rel32` to a label.
     pub(crate) fn jcc(&mut self, cond: Cond, label: Label) {
         self.op(&[0x0f, 0x80 | cond as u8]);
-        self.reloc(true, Target::Label(label));
+        self.reloc(Field::Near, Target::Label(label));
     }
 
     /// A branch with an 8-bit displacement to a label.
     pub(crate) fn short_branch(&mut self, opcode: &[u8], label: Label) {
         self.op(opcode);
-        self.reloc(false, Target::Label(label));
+        self.reloc(Field::Short, Target::Label(label));
     }
 
     /// A branch with a 32-bit displacement to a guest EIP (or what stands for it in this trampoline).
     pub(crate) fn guest_branch(&mut self, opcode: &[u8], eip: u32) {
         self.op(opcode);
-        self.reloc(true, Target::Guest(eip));
+        self.reloc(Field::Near, Target::Guest(eip));
     }
 
     /// Leaves through the gate with this reason word. Touches no register and no flag.
     pub(crate) fn gate(&mut self, reason: u32) {
         self.store_imm(page::GATE_REASON, reason);
         self.page_op(&[0xff], 5, page::GATE);
+    }
+
+    /// Leaves by a gate in 64-bit code, with `next` in R8D; R9 is clobbered, nothing else.
+    pub(crate) fn long_gate(&mut self, gate: LongGate, next: u32) {
+        let long = self.label();
+        self.op(&[0xea]); // jmp far selector:long
+        self.reloc(Field::Absolute, Target::Label(long));
+        self.code.extend_from_slice(&gate.selector.to_le_bytes());
+        self.bind(long);
+        // 64-bit code: nothing the map knows about.
+        self.code.extend_from_slice(&gate.exit_code(next));
     }
 
     /// A label that undoes everything done since `begin` and leaves through the gate.
@@ -286,7 +309,7 @@ impl Emitter {
     /// The bytes for a trampoline at EIP `at`. None if a short branch does not reach (an error in a sequence).
     pub(crate) fn finish(mut self, at: u32) -> Option<(Vec<u8>, EipMap)> {
         for reloc in &self.relocs {
-            let end = reloc.offset + if reloc.wide { 4 } else { 1 };
+            let end = reloc.offset + if reloc.field == Field::Short { 1 } else { 4 };
             let target = match reloc.target {
                 Target::Label(label) => at.wrapping_add((*self.labels.get(label.0)?)?),
                 Target::Guest(eip) => match self.map.forward(eip) {
@@ -295,11 +318,11 @@ impl Emitter {
                 },
             };
             let rel = target.wrapping_sub(at.wrapping_add(end as u32));
-            if reloc.wide {
-                self.code.get_mut(reloc.offset..end)?.copy_from_slice(&rel.to_le_bytes());
-            } else {
-                let short = i8::try_from(rel.cast_signed()).ok()?;
-                *self.code.get_mut(reloc.offset)? = short.cast_unsigned();
+            let field = self.code.get_mut(reloc.offset..end)?;
+            match reloc.field {
+                Field::Near => field.copy_from_slice(&rel.to_le_bytes()),
+                Field::Absolute => field.copy_from_slice(&target.to_le_bytes()),
+                Field::Short => field.copy_from_slice(&i8::try_from(rel.cast_signed()).ok()?.to_le_bytes()),
             }
         }
         Some((self.code, self.map))

@@ -38,7 +38,7 @@ pub use inline::counter;
 pub use manager::{Location, Patm, Stats};
 pub use map::{EipMap, Finish, Fix, Point, RegSet, VcpuWords};
 pub use patch::{
-    CodeWrite, Config, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline,
+    CodeWrite, Config, LongGate, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline,
     is_user_reason, reason_word,
 };
 pub use user::{UserPatch, UserPatcher};

@@ -98,6 +98,35 @@ pub const fn reason_word(site_id: u32, kind: ReasonKind) -> u32 {
         }
 }
 
+/// A way out of ring-3 code that cannot write to the vCPU page: into 64-bit code, with the EIP behind the `int n` in R8D and R9
+/// clobbered. All else is as it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LongGate {
+    /// The host's selector of a 64-bit code segment.
+    pub selector: u16,
+    /// Where its address is.
+    pub at: u64,
+}
+
+impl LongGate {
+    /// Length of [`Self::exit_code`].
+    pub const EXIT_LEN: usize = 19;
+
+    /// The 64-bit code that goes there.
+    #[must_use]
+    pub fn exit_code(&self, next: u32) -> [u8; Self::EXIT_LEN] {
+        let mut code = [0; Self::EXIT_LEN];
+        let (load_next, rest) = code.split_at_mut(6);
+        let (load_gate, jump) = rest.split_at_mut(10);
+        load_next[..2].copy_from_slice(&[0x41, 0xb8]); // mov r8d, imm32
+        load_next[2..].copy_from_slice(&next.to_le_bytes());
+        load_gate[..2].copy_from_slice(&[0x49, 0xb9]); // mov r9, imm64
+        load_gate[2..].copy_from_slice(&self.at.to_le_bytes());
+        jump.copy_from_slice(&[0x41, 0xff, 0x21]); // jmp [r9]
+        code
+    }
+}
+
 /// Site numbers from here on are those of ring-3 code ([`crate::UserPatcher`]): bit 31 of a reason word.
 pub(crate) const USER_SITES: u32 = 1 << 29;
 

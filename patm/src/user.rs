@@ -12,7 +12,7 @@ use crate::insn::Insn;
 use crate::manager::{HLT, jump};
 use crate::map::{EipMap, Fix};
 use crate::patch::{
-    CodeWrite, Config, ReasonKind, Refusal, Trampoline, USER_SITES, reason_word, split_reason,
+    CodeWrite, Config, LongGate, ReasonKind, Refusal, Trampoline, USER_SITES, reason_word, split_reason,
 };
 use crate::transition;
 use crate::view::MapView;
@@ -68,6 +68,8 @@ pub struct UserPatcher {
     by_start: BTreeMap<(u64, u32), u32>,
     by_trampoline: BTreeMap<u32, u32>,
     next: u32,
+    /// How trampolines leave, if they cannot do the `int n`.
+    long_gate: Option<LongGate>,
 }
 
 impl UserPatcher {
@@ -81,7 +83,15 @@ impl UserPatcher {
             by_start: BTreeMap::new(),
             by_trampoline: BTreeMap::new(),
             next: USER_SITES,
+            long_gate: None,
         }
+    }
+
+    /// Trampolines do not do the `int n`: they leave by this gate, for whoever does. Nothing of the vCPU page is used.
+    #[must_use]
+    pub fn leaving_by(mut self, gate: LongGate) -> Self {
+        self.long_gate = Some(gate);
+        self
     }
 
     /// One more trampoline region. The distance from the code decides which of a jump's displacement bytes can trap
@@ -166,9 +176,13 @@ impl UserPatcher {
             displace::emit(&mut e, insn);
         }
         e.begin(site.at);
-        let reason = reason_word(self.next, ReasonKind::Emulate);
-        transition::enter_kernel(&mut e, site, vector, reason, self.config.count_inline);
-        e.flush_slow_paths();
+        if let Some(gate) = self.long_gate {
+            e.long_gate(gate, site.next());
+        } else {
+            let reason = reason_word(self.next, ReasonKind::Emulate);
+            transition::enter_kernel(&mut e, site, vector, reason, self.config.count_inline);
+            e.flush_slow_paths();
+        }
         let mut trapping = Trapping::default();
         for offset in window.inner_starts().filter(|o| *o < 5) {
             trapping.0 |= 1 << (offset - 1);

@@ -7,7 +7,11 @@ mod common;
 use common::machine::{ARITHMETIC, DF, Event, IF, Machine, Mode};
 use common::{BASE, Scanned, VCPU, config};
 use csam::{CodeMap, CodeSize, GuestLin, ScanOptions, SliceSource};
-use patm::{Config, Fix, Location, Patm, Refusal, UserPatch, UserPatcher, VcpuWords, vcpu_page as page};
+use iced_x86::{Code, Decoder, DecoderOptions, Register};
+use patm::{
+    Config, Fix, Location, LongGate, Patm, Refusal, Trampoline, UserPatch, UserPatcher, VcpuWords,
+    vcpu_page as page,
+};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -591,6 +595,35 @@ fn the_vdso_shape_is_patched_and_what_follows_the_site_is_not_touched() {
         }
         let (_, fix) = patcher.locate(patch.trampoline.at + offset).unwrap();
         assert_eq!((fix.resume, fix.cpl, fix.committed), (eip, Some(3), false));
+    }
+}
+
+#[test]
+fn a_trampoline_that_leaves_by_a_long_gate_touches_nothing_but_two_registers_of_64_bit_code() {
+    let gate = LongGate { selector: 0x33, at: 0x1234_5678_9abc_def0 };
+    let mut patcher = UserPatcher::new(user_config()).leaving_by(gate);
+    let patch = patch_user(&mut patcher, 1, MOV_INT, &[USER], USER + 5).unwrap();
+    let Trampoline { at, code } = &patch.trampoline;
+    let (moved, rest) = code.split_at(5);
+    assert_eq!(moved, &MOV_INT[..5]);
+    let (jump, long) = rest.split_at(7);
+    let jump = Decoder::with_ip(32, jump, u64::from(at + 5), DecoderOptions::NONE).decode();
+    assert_eq!((jump.code(), jump.far_branch_selector()), (Code::Jmp_ptr1632, 0x33));
+    assert_eq!(jump.far_branch32(), at + 12);
+    let long: Vec<_> = Decoder::new(64, long, DecoderOptions::NONE).into_iter().collect();
+    let codes: Vec<_> = long.iter().map(|i| (i.code(), i.op0_register())).collect();
+    let expected = [
+        (Code::Mov_r32_imm32, Register::R8D),
+        (Code::Mov_r64_imm64, Register::R9),
+        (Code::Jmp_rm64, Register::None),
+    ];
+    assert_eq!(codes, expected);
+    assert_eq!((long[0].immediate32(), long[1].immediate64()), (USER + 7, gate.at));
+    assert_eq!(long[2].memory_base(), Register::R9);
+    // Up to the far jump it is where it was.
+    for (offset, eip) in [(0, USER), (5, USER + 5)] {
+        let (_, fix) = patcher.locate(at + offset).unwrap();
+        assert_eq!((fix.resume, fix.committed), (eip, false));
     }
 }
 

@@ -175,7 +175,9 @@ pub(crate) struct Arena {
     pub(crate) exit: Exit,
     /// EFLAGS.TF if the gate was entered single-stepping (the trap is swallowed in the stub), else 0.
     pub(crate) stepped: AtomicU32,
-    /// Where the gate stub jumps to, an address of the runtime.
+    /// In a confined world, the EIP with which the gate was entered last; else 0.
+    pub(crate) called: AtomicU32,
+    /// Where the gate stub jumps to, or in a confined world a trampoline: an address of the runtime.
     pub(crate) gate_entry: AtomicU64,
     /// Set-up: the monitor's pid as the world must see it as its parent.
     pub(crate) monitor_pid: AtomicU32,

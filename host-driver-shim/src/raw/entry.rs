@@ -3,6 +3,7 @@
 //! 1. `subring_rc_resume`: the one way in. Loads everything from the arena and ends in `iretq`. It only reads the arena, so a
 //!    signal inside it can always start it again; a fault inside it means that the state cannot be loaded.
 //! 2. `subring_rc_gate`: the way out by the gate stub (see `ArenaMap::set_stub`), all guest registers still live but EAX.
+//!    `subring_rc_call`: the same from a confined world, without a stub, with all of them live and the guest's EIP in R8D.
 //! 3. `subring_rc_signal_entry`: the way out by a signal.
 //! 4. `subring_rc_return`: back to guest code behind a fault that was answered here, from its signal frame. It only reads
 //!    that frame and the arena, so a signal inside it can always start it again.
@@ -74,6 +75,13 @@ std::arch::global_asm!(
     "mov dword ptr [rdi + {kind}], {kind_bad}",
     "jmp subring_rc_leave",
     "",
+    ".hidden subring_rc_call",
+    ".globl subring_rc_call",
+    "subring_rc_call:",
+    "mov r9, {arena}",
+    "mov [r9 + {save_eax}], eax",
+    "mov [r9 + {called}], r8d",
+    "",
     ".hidden subring_rc_gate",
     ".globl subring_rc_gate",
     "subring_rc_gate:",
@@ -108,7 +116,8 @@ std::arch::global_asm!(
     "mov ecx, gs",
     "mov [rax + {gs}], cx",
     "fxsave64 [rax + {fx}]",
-    "mov dword ptr [rax + {eip}], 0",
+    "mov ecx, [rax + {called}]",
+    "mov [rax + {eip}], ecx",
     "mov dword ptr [rax + {kind}], {kind_gate}",
     "",
     ".hidden subring_rc_leave",
@@ -165,6 +174,7 @@ std::arch::global_asm!(
     stack = const STACK_TOP,
     kick = const offset_of!(Arena, kick),
     stepped = const offset_of!(Arena, stepped),
+    called = const offset_of!(Arena, called),
     kind = const offset_of!(Arena, exit.kind),
     kind_kick = const exit_kind::KICK,
     kind_bad = const exit_kind::BAD_STATE,
@@ -217,6 +227,7 @@ unsafe extern "C" {
     static subring_rc_return_end: u8;
     fn subring_rc_bad_state();
     fn subring_rc_gate();
+    fn subring_rc_call();
     fn subring_rc_signal_entry();
 }
 
@@ -240,6 +251,11 @@ pub(crate) fn bad_state_address() -> u64 {
 
 pub(crate) fn gate_address() -> u64 {
     subring_rc_gate as unsafe extern "C" fn() as usize as u64
+}
+
+/// Where trampolines of a confined world leave for, see [`super::long_gate`].
+pub(crate) fn call_address() -> u64 {
+    subring_rc_call as unsafe extern "C" fn() as usize as u64
 }
 
 pub(crate) fn signal_entry_address() -> usize {

@@ -12,7 +12,7 @@ use super::arena::{
     RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA,
     WINDOWS_VA, exit_kind,
 };
-use super::entry::{gate_address, signal_entry_address, subring_rc_leave};
+use super::entry::{call_address, gate_address, signal_entry_address, subring_rc_leave};
 use super::orders::Orders;
 use super::rc::{arena, death, die};
 use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
@@ -185,9 +185,10 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
     let (from, len) = (1u64 << 32, (1u64 << 63) - (1u64 << 32));
     // SAFETY: touches no memory; the runtime lies above 4 GiB.
     check(unsafe { libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, PR_SYS_DISPATCH_ON, from, len, 0u64) } == 0)?;
+    let entry = if confined { call_address() } else { gate_address() };
     // SAFETY: the arena is mapped, its words are atomics.
     unsafe {
-        (*a).gate_entry.store(gate_address(), Release);
+        (*a).gate_entry.store(entry, Release);
         (*a).exit.kind.store(exit_kind::READY, Release);
     }
     *step = 12;

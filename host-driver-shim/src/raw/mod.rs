@@ -33,6 +33,7 @@ mod signal;
 mod spawn;
 
 use std::io;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -46,8 +47,8 @@ use crate::world::{
     initial_fx,
 };
 use arena::{
-    ARENA_FD, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, MAPPERS_FILTER, OWN_FILTER, RAM_FD, Word,
-    exit_kind, op, request, turn,
+    ARENA_FD, ARENA_VA, Arena, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, MAPPERS_FILTER, OWN_FILTER,
+    RAM_FD, Word, exit_kind, op, request, turn,
 };
 pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
 pub use cpuid_faults::CpuidFaults;
@@ -88,6 +89,13 @@ fn set_affinity(pid: libc::pid_t, cpu: usize) -> io::Result<()> {
         libc::sched_setaffinity(pid, size_of::<libc::cpu_set_t>(), &raw const set)
     };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Where a confined world has the address of the 64-bit code by which trampolines leave: [`WorldExit::Gate`], with EIP as R8D
+/// says. All other registers but R9 are the guest's still.
+#[must_use]
+pub const fn long_gate() -> u64 {
+    ARENA_VA + offset_of!(Arena, gate_entry) as u64
 }
 
 /// What all worlds of one guest share.

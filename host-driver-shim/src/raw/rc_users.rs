@@ -224,13 +224,8 @@ unsafe fn stay(
     // SAFETY: by contract; the monitor leaves all of it alone while we have the turn. Ring 3 may write its arena whenever it
     // runs: atomics, volatile accesses and raw copies.
     let (users, orders, area) = unsafe { (&raw mut (*cell).arena, &raw mut (*cell).orders, &(*cell).fill) };
-    let ring3_rules = FillRules {
-        mode: fill.mode.difference(FillMode::SUPERVISOR),
-        user_cs: 0,
-        keep_out: [(0, 0); 8],
-        users_below: 0,
-        ..*fill
-    };
+    let ring3_rules =
+        FillRules { mode: fill.mode.difference(FillMode::SUPERVISOR), user_cs: 0, users_below: 0, ..*fill };
     let target = Target { area, rules: &ring3_rules, ram: side.ram(), user: true, windows: false };
     // SAFETY: as above.
     let mut work = unsafe { Work::begin(a, orders) };
@@ -285,7 +280,7 @@ unsafe fn stay(
         let (kind, vector) = (exit.kind.load(Relaxed), exit.vector.load(Relaxed));
         let call = match kind {
             // EIP is behind the two bytes.
-            exit_kind::SYSCALL => Some(ring3.eip.wrapping_sub(2)),
+            exit_kind::SYSCALL | exit_kind::GATE => Some(ring3.eip.wrapping_sub(2)),
             // They are a trap in what is shown.
             exit_kind::FAULT if vector == GENERAL_PROTECTION => Some(ring3.eip),
             _ => None,

@@ -12,6 +12,7 @@ use super::arena::{Arena, GATE, exit_kind};
 use super::entry::{
     bad_state_address, resume_range, return_range, subring_rc_leave, subring_rc_resume, subring_rc_return,
 };
+use super::long_gate;
 use super::rc::{arena, death, die};
 use super::rc_cpuid;
 use super::rc_deliver;
@@ -184,7 +185,7 @@ fn in_runtime(signal: i32, code: i32, gregs: &mut [i64; 23], arena: *mut Arena) 
             gregs[libc::REG_RIP as usize] = resume.start as i64;
         } else if back.contains(&rip) {
             gregs[libc::REG_RIP as usize] = back.start as i64;
-        } else if rip < FOUR_GIB && !in_stub(rip, arena) {
+        } else if rip < FOUR_GIB && !in_stub(rip, arena) && !leads_to_gate(rip, gregs) {
             die(death::ESCAPED);
         }
         return;
@@ -215,6 +216,28 @@ fn in_stub(rip: u64, arena: *const Arena) -> bool {
     // SAFETY: in a world the arena is mapped; GATE lies inside the vCPU page, at a multiple of 4.
     let stub = unsafe { (&raw const (*arena).vcpu).cast::<u32>().add(GATE as usize / 4).read_volatile() };
     u64::from(stub) & !0xfff == rip & !0xfff
+}
+
+/// Whether the 64-bit code below 4 GiB that was interrupted at `rip` is on its way from a trampoline of a confined world to
+/// [`super::long_gate`]: `mov r8d, imm32; mov r9, gate; jmp [r9]`. Other code that looks like that only delays its end.
+fn leads_to_gate(rip: u64, gregs: &[i64; 23]) -> bool {
+    let gate = long_gate();
+    let byte = |i: u64| {
+        let at: *const u8 = std::ptr::with_exposed_provenance(rip.wrapping_add(i) as usize);
+        // SAFETY: code that was about to be executed there; where it ends, the fault ends the world.
+        unsafe { at.read_volatile() }
+    };
+    let loads_gate = |i: u64| {
+        byte(i) == 0x49
+            && byte(i.wrapping_add(1)) == 0xb9
+            && (0..8).all(|n| u64::from(byte(i.wrapping_add(n + 2))) == gate >> (8 * n) & 0xff)
+    };
+    match (byte(0), byte(1)) {
+        (0x41, 0xb8) => loads_gate(6),
+        (0x49, 0xb9) => loads_gate(0),
+        (0x41, 0xff) => greg(gregs, libc::REG_R9) as u64 == gate,
+        _ => false,
+    }
 }
 
 /// Copies the guest's state out of the signal frame and, for what the frame does not hold, out of the hardware.

@@ -3,7 +3,7 @@
 
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
-use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld};
+use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld, long_gate};
 use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
 
 pub(crate) const CODE: u32 = 0x40_0000;
@@ -102,6 +102,18 @@ pub(crate) fn escape(code64: &[u8]) -> Vec<u8> {
     c.extend((CODE + 7).to_le_bytes());
     c.extend([0x33, 0]);
     c.extend(code64);
+    c
+}
+
+/// At `at`: leaves a confined world by its gate, as a trampoline does: jmp far 33h:1f; 1: mov r8d, next; mov r9, imm64; jmp [r9]
+pub(crate) fn call_jump(at: u32, next: u32) -> Vec<u8> {
+    let mut c = vec![0xea];
+    c.extend((at + 7).to_le_bytes());
+    c.extend([0x33, 0, 0x41, 0xb8]);
+    c.extend(next.to_le_bytes());
+    c.extend([0x49, 0xb9]);
+    c.extend(long_gate().to_le_bytes());
+    c.extend([0x41, 0xff, 0x21]);
     c
 }
 

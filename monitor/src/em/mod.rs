@@ -784,7 +784,7 @@ impl Em {
             let (own, joint) = (&raw.user_code, &raw.joint_code);
             self.account.set_gauge("user_pages_examined", own.looked_at + joint.looked_at);
             self.account.set_gauge("user_pages_copied", own.copied + joint.copied);
-            self.account.set_gauge("user_system_calls_patched", joint.patches() as u64);
+            self.account.set_gauge("user_system_calls_patched", (own.patches() + joint.patches()) as u64);
             let stats = raw.kernel_code.patm.stats();
             for (tactic, n) in &stats.tactics {
                 self.account.set_patches(tactic.name(), *n);

@@ -405,6 +405,10 @@ impl RawEngine {
                 Err(trap) => After::Deliver(Event::Exception(trap)),
             });
         }
+        let alone = matches!(place, Place::User(_));
+        if let (Place::User(i), false) = (place, matches!(exit, WorldExit::Gate { .. })) {
+            self.leave_trampoline(cpu, i, regs.eflags);
+        }
         let reloaded = match self.user_selectors(cpu, m, regs, expected) {
             Ok(reloaded) => reloaded,
             Err(trap) => {
@@ -436,7 +440,21 @@ impl RawEngine {
             return Ok(After::Deliver(Event::Exception(trap)));
         }
         match exit {
-            WorldExit::Gate { .. } => Err(WorldError::Died("ring 3 used the gate".into()).into()),
+            WorldExit::Gate { .. } if !alone || !self.user_code.is_patching() => {
+                Err(WorldError::Died("ring 3 used the gate".into()).into())
+            }
+            WorldExit::Gate { .. } => {
+                // What it left behind is the linear address behind the two bytes.
+                cpu.eip = eip.wrapping_sub(2).wrapping_sub(cpu.seg[seg::CS].base);
+                self.last = ExitRecord {
+                    cause: Cause::Syscall,
+                    route: Route::FarExit,
+                    eip: cpu.eip,
+                    cpl: 3,
+                    raw: exit.into(),
+                };
+                Ok(After::Interpret)
+            }
             WorldExit::Users => Err(users::impossible()),
             WorldExit::Kick => {
                 record(Cause::Kick);
@@ -472,6 +490,17 @@ impl RawEngine {
                 Ok(Self::other_fault(cpu, m, vector))
             }
         }
+    }
+
+    /// If EIP is in a trampoline of a world of ring 3 alone, brings the CPU to the instruction that stands for.
+    fn leave_trampoline(&mut self, cpu: &mut CpuState, number: usize, flags: u32) {
+        let base = cpu.seg[seg::CS].base;
+        // Ring 3 that jumped among them by itself is where it says it is.
+        let Some(Some((_, fix))) = self.user_code.locate(cpu.eip.wrapping_add(base)) else { return };
+        let mut flags = flags;
+        let words = &mut Words(self.users[number].world.as_mut());
+        cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, words).wrapping_sub(base);
+        self.user_flags(cpu, flags);
     }
 
     /// EFLAGS of ring 3. `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.
@@ -571,8 +600,9 @@ impl RawEngine {
             } else if kernel_world
                 && self.descriptors.rules().pages
                 && lin.0.wrapping_sub(layout.tramp) < layout::TRAMP_LEN
+                || !kernel_world && self.user_code.is_patching() && layout.in_trampolines(lin)
             {
-                // Ring 3 has code where ring 0's trampolines are.
+                // Ring 3 has code where trampolines are: ring 0's, or in a world of its own any.
                 if self.moves >= MAX_MOVES {
                     return after(self, Cause::Scan, After::Interpret);
                 }
@@ -588,9 +618,12 @@ impl RawEngine {
         }
         let lin = layout.guest_of_data(WorldLin(cr2));
         let write = error_code & pf::WRITE != 0;
-        if kernel_world && layout.reserved(lin) {
+        if self.reserves(kernel_world, lin) {
             // The guest reached for what is ours. If it has something there we move, else it gets its fault.
             if peek(m, cpu, lin).is_some() {
+                if !kernel_world && self.moves >= MAX_MOVES {
+                    return after(self, Cause::ShadowFault, After::Interpret);
+                }
                 self.relocate(m)?;
                 return after(self, Cause::ShadowFault, After::Continue);
             }

@@ -27,12 +27,14 @@ impl RawEngine {
         let layout = self.layout;
         let access = Access { write, fetch: false, privilege: Privilege::User };
         let Ok(leaf) = walk(m, cpu, lin, access) else { return Ok(()) };
+        let reserved = self.reserves(matches!(place, Place::Kernel(_)), lin);
         let space = self.space(place);
         let there = space.data.get(lin);
         let plain = m.is_ram(leaf.frame)
             && !(write && m.is_tracked((leaf.frame.0 >> 12) as u32))
             && layout.data(lin).0 >= LOW_LIMIT
             && !layout.is_engines(layout.data(lin))
+            && !reserved
             && !space.code.get(layout.code_in_place_of(lin.page_base())).mapped()
             && !(there.mapped() && (!write || there.host_write()));
         if plain { self.fill(cpu, m, place, lin, leaf) } else { Ok(()) }
@@ -149,18 +151,20 @@ impl RawEngine {
         let span = if large { 512 } else { AROUND };
         let lo = lin.page_number() & !(span - 1);
         let centre = lin.page_number();
+        let reserved: Vec<bool> =
+            (lo..lo + span).map(|page| self.reserves(supervisor, GuestLin(page << 12))).collect();
         let space = self.space(place);
         space.tainted |= exposed(lin, &leaf);
         let mut run: Vec<Leaf> = Vec::new();
         let mut run_at = GuestLin(0);
         let mut run_write = false;
-        for page in lo..lo + span {
+        for (page, reserved) in (lo..lo + span).zip(reserved) {
             let at = GuestLin(page << 12);
             let mut this = None;
             let skip = layout.data(at).0 < LOW_LIMIT
                 || layout.is_engines(layout.data(at))
                 || page != centre && space.data.get(at).mapped()
-                || supervisor && layout.reserved(at)
+                || reserved
                 || space.code.get(layout.code_in_place_of(at)).mapped();
             if !skip {
                 let l = if page == centre {

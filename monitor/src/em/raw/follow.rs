@@ -120,12 +120,7 @@ impl RawEngine {
     /// Carries out in the worlds what the code views decided: new trampoline pages, frames that became code, copies
     /// that are gone.
     pub(super) fn settle_code(&mut self) -> Result<(), RawError> {
-        for (lin, offset) in std::mem::take(&mut self.kernel_code.trampolines.new)
-            .into_iter()
-            .chain(std::mem::take(&mut self.joint_code.trampolines.new))
-        {
-            self.map_trampoline(lin, offset)?;
-        }
+        self.map_trampolines()?;
         for lin in std::mem::take(&mut self.kernel_code.dropped) {
             let layout = self.layout;
             for space in &mut self.kernels {

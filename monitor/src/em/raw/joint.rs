@@ -103,11 +103,13 @@ impl RawEngine {
             Some(i) => i,
             None if self.users.len() < MAX_USER_SPACES => {
                 self.users.push(Space::new(self.host.spawn_for_users()?, role));
+                self.furnish_user(self.users.len() - 1)?;
                 self.users.len() - 1
             }
             None => {
                 let oldest = (0..self.users.len()).min_by_key(|&i| self.users[i].last_used).unwrap_or(0);
                 self.users[oldest].clear()?;
+                self.furnish_user(oldest)?;
                 self.users[oldest].role = role;
                 oldest
             }

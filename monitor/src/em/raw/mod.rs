@@ -38,8 +38,8 @@ use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
-    Backing, HwRegs, Kicker, Prot, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World,
-    WorldError, WorldExit, WorldLin,
+    Backing, HwRegs, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World, WorldError,
+    WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
 use joint::Boundary;
@@ -48,7 +48,7 @@ use joint::{FEW_JOINT_SPACES, MAX_JOINT_SPACES};
 use kernel_code::KernelCode;
 use layout::Layout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use patm::{Location, ReasonKind, VcpuWords, vcpu_page as vp};
+use patm::{Location, LongGate, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
 use space::{Descriptors, For, Role, Space, Whose};
 use std::collections::{HashMap, VecDeque};
@@ -68,6 +68,8 @@ const LOW_LIMIT: u32 = 0x1_0000;
 const LAST_PAGE: u32 = 0xf_ffff;
 /// Pages mapped around a faulting one where the guest has them present.
 const AROUND: u32 = 16;
+/// The host's 64-bit code segment (Linux's __USER_CS).
+const HOST_CS64: u16 = 0x33;
 /// After so many moves the reservations stay where they are: a guest that has memory everywhere would keep us moving.
 const MAX_MOVES: u64 = 40;
 /// EFLAGS bits that are the hardware's own while guest ring-0 code runs; the others are virtual.
@@ -237,6 +239,10 @@ pub trait Worlds {
     fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
         self.spawn()
     }
+    /// How trampolines leave in these.
+    fn long_gate(&self) -> Option<LongGate> {
+        None
+    }
     /// The same for guest ring 0 alone, in one that may be told to enter those by itself.
     fn spawn_master(&self) -> Result<Box<dyn World>, WorldError> {
         self.spawn()
@@ -267,6 +273,9 @@ impl Worlds for raw::RawEngine {
     }
     fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
         Ok(Box::new(self.spawn_confined()?))
+    }
+    fn long_gate(&self) -> Option<LongGate> {
+        Some(LongGate { selector: HOST_CS64, at: raw::long_gate() })
     }
     fn spawn_master(&self) -> Result<Box<dyn World>, WorldError> {
         Ok(Box::new(raw::RawEngine::spawn_master(self)?))
@@ -329,7 +338,7 @@ pub struct RawEngine {
     clock: u64,
     /// The ring-0 code view.
     pub kernel_code: KernelCode,
-    /// Copied pages of ring-3 code in worlds of its own.
+    /// Copied pages of ring-3 code in worlds of its own, where system calls are made to leave by a gate.
     pub user_code: UserCode,
     /// Copied pages of ring-3 code in joint worlds, where system calls are patched.
     pub joint_code: UserCode,
@@ -392,7 +401,7 @@ impl RawEngine {
         let strict = isolation == Isolation::Strict;
         let kernel = if strict { host.spawn_master()? } else { host.spawn()? };
         let kernel = Space::new(kernel, Role::Supervisor);
-        let most_worlds = host.most();
+        let (most_worlds, long_gate) = (host.most(), host.long_gate());
         let mut descriptors = Descriptors::new(rules);
         descriptors.limit_code(isolation == Isolation::LimitsCode);
         let mut engine = RawEngine {
@@ -411,11 +420,14 @@ impl RawEngine {
             descriptors,
             clock: 0,
             kernel_code: KernelCode::new(layout, count_inline, rules.ring0),
-            user_code: UserCode::new(rules.int_faults),
+            user_code: match long_gate {
+                Some(_) => UserCode::patching(&layout, count_inline, long_gate),
+                None => UserCode::new(rules.int_faults),
+            },
             joint_code: if rules.int_faults {
                 UserCode::new(true)
             } else {
-                UserCode::patching(&layout, count_inline)
+                UserCode::patching(&layout, count_inline, None)
             },
             count_inline,
             transitions: Transitions::default(),
@@ -719,6 +731,9 @@ impl RawEngine {
         self.forbid_entering(0);
         *self.space(place) = fresh;
         self.space(place).last_used = self.clock;
+        if let Place::User(i) = place {
+            self.furnish_user(i)?;
+        }
         (self.fpu_in, self.kicking) = (None, None);
         self.kick.set(None);
         self.broken_worlds += 1;

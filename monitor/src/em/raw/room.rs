@@ -6,22 +6,47 @@ impl RawEngine {
     /// Puts the vCPU page, the gate and the trampolines into a ring-0 world.
     pub(super) fn furnish(&mut self, number: usize) -> Result<(), RawError> {
         let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
-        let world = &mut self.kernels[number].world;
-        world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
+        let space = &mut self.kernels[number];
+        space.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
         for (lin, offset) in self.kernel_code.trampolines.pages().chain(self.joint_code.trampolines.pages()) {
-            let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
-            world.map(at, 0x1000, Backing::Code(offset), prot)?;
+            space.show_trampoline(lin, offset, &self.layout)?;
         }
         Ok(())
     }
 
-    /// Shows a page of trampolines in the ring-0 worlds.
-    pub(super) fn map_trampoline(&mut self, lin: GuestLin, offset: u64) -> Result<(), WorldError> {
-        let (at, prot) = (self.layout.code(lin), Prot::READ | Prot::EXEC);
-        for space in &mut self.kernels {
-            space.world.map(at, 0x1000, Backing::Code(offset), prot)?;
+    /// Puts the trampolines into a world of ring 3 alone.
+    pub(super) fn furnish_user(&mut self, number: usize) -> Result<(), RawError> {
+        for (lin, offset) in self.user_code.trampolines.pages() {
+            self.users[number].show_trampoline(lin, offset, &self.layout)?;
         }
         Ok(())
+    }
+
+    /// Shows the new pages of trampolines in the worlds they are for.
+    pub(super) fn map_trampolines(&mut self) -> Result<(), WorldError> {
+        let (new, layout) = (std::mem::take, self.layout);
+        let kernels = new(&mut self.kernel_code.trampolines.new);
+        let joint = new(&mut self.joint_code.trampolines.new);
+        for (lin, offset) in kernels.into_iter().chain(joint) {
+            for space in &mut self.kernels {
+                space.show_trampoline(lin, offset, &layout)?;
+            }
+        }
+        for (lin, offset) in new(&mut self.user_code.trampolines.new) {
+            for space in &mut self.users {
+                space.show_trampoline(lin, offset, &layout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A world with guest ring 0 (`supervisor`), or one of ring 3 alone, has something of ours where the guest's data at `lin`
+    /// would be.
+    pub(super) fn reserves(&self, supervisor: bool, lin: GuestLin) -> bool {
+        match supervisor {
+            true => self.layout.reserved(lin),
+            false => self.user_code.is_patching() && self.layout.behind_trampolines(lin),
+        }
     }
 
     /// Empties every world.
@@ -32,8 +57,12 @@ impl RawEngine {
         for i in 0..self.kernels.len() {
             self.furnish(i)?;
         }
+        for i in 0..self.users.len() {
+            self.furnish_user(i)?;
+        }
         self.kernel_code.trampolines.new.clear();
         self.joint_code.trampolines.new.clear();
+        self.user_code.trampolines.new.clear();
         self.boundary = Boundary::at_first(self.isolation);
         self.forget_segment_cache();
         Ok(())
@@ -50,6 +79,9 @@ impl RawEngine {
         log::info!("reservations move to {:x?}", self.layout);
         self.kernel_code.reset(m, &self.code, self.layout);
         self.joint_code.reset(m, &self.code, &self.layout, self.count_inline);
+        if self.user_code.is_patching() {
+            self.user_code.reset(m, &self.code, &self.layout, self.count_inline);
+        }
         self.clear_all()
     }
 

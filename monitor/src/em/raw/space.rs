@@ -369,6 +369,11 @@ impl Space {
         Ok(())
     }
 
+    /// Shows a page of trampolines, which lies at this offset of the code memory.
+    pub fn show_trampoline(&mut self, lin: GuestLin, offset: u64, layout: &Layout) -> Result<(), WorldError> {
+        self.world.map(layout.code(lin), 0x1000, Backing::Code(offset), Prot::READ | Prot::EXEC)
+    }
+
     /// Forgets all mappings, here and in the world.
     pub fn clear(&mut self) -> Result<(), WorldError> {
         self.data.clear_all();

@@ -19,7 +19,7 @@ use crate::pgm::walk::peek;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Fix, UserPatch, UserPatcher};
+use patm::{Config, Fix, LongGate, UserPatch, UserPatcher};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Pages remembered as to be copied. Past this they are forgotten and found again.
@@ -57,8 +57,10 @@ pub struct UserCode {
     pages: HashMap<(u32, u32), UserPage>,
     /// Copied pages, oldest first; some may be gone.
     order: VecDeque<(u32, u32)>,
-    /// For joint worlds: what makes system calls without an exit.
+    /// What makes system calls without a host signal.
     patcher: Option<UserPatcher>,
+    /// For confined worlds: how they leave.
+    long_gate: Option<LongGate>,
     /// `int n` raises an exception by itself that says n.
     int_faults: bool,
     /// The memory of the patches' trampolines.
@@ -134,9 +136,10 @@ impl UserCode {
         UserCode { int_faults, ..UserCode::default() }
     }
 
-    /// For joint worlds with this layout.
+    /// For joint worlds with this layout, where system calls are done in line; with `long_gate`, for confined ones, where they
+    /// leave by it.
     #[must_use]
-    pub fn patching(layout: &Layout, count_inline: bool) -> UserCode {
+    pub fn patching(layout: &Layout, count_inline: bool, long_gate: Option<LongGate>) -> UserCode {
         let mut patcher = UserPatcher::new(Config {
             tramp_base: layout.user_tramp(),
             tramp_len: USER_TRAMP_LEN,
@@ -147,7 +150,16 @@ impl UserCode {
         for base in USER_TRAMPS {
             patcher = patcher.with_region(base, USER_TRAMP_LEN);
         }
-        UserCode { patcher: Some(patcher), ..UserCode::default() }
+        if let Some(gate) = long_gate {
+            patcher = patcher.leaving_by(gate);
+        }
+        UserCode { patcher: Some(patcher), long_gate, ..UserCode::default() }
+    }
+
+    /// Whether anything is patched.
+    #[must_use]
+    pub fn is_patching(&self) -> bool {
+        self.patcher.is_some()
     }
 
     /// Is `eip` in the memory of our trampolines? And if it is on a boundary of one, whose and what it stands for.
@@ -430,7 +442,7 @@ impl UserCode {
         self.trampolines.free(code);
         let (looked_at, copied) = (self.looked_at, self.copied);
         let fresh = match self.patcher {
-            Some(_) => UserCode::patching(layout, count_inline),
+            Some(_) => UserCode::patching(layout, count_inline, self.long_gate),
             None => UserCode::new(self.int_faults),
         };
         *self = UserCode { looked_at, copied, ..fresh };

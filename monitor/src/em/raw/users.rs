@@ -98,7 +98,7 @@ impl RawEngine {
                     self.kick.answered();
                     self.kernels[number].world.forget_kick();
                 }
-                if exit == WorldExit::Syscall {
+                if matches!(exit, WorldExit::Syscall | WorldExit::Gate { .. }) {
                     // The world could have done it: perhaps the gate is another one now.
                     self.retract_transitions(number);
                 }
