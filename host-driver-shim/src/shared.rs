@@ -275,6 +275,18 @@ impl Drop for SharedMap {
     }
 }
 
+/// Stores a word again and again; the compiler does not look into it, for memory others may access meanwhile.
+///
+/// # Safety
+/// `to` is writable for `count` words.
+pub(crate) unsafe fn fill_words(to: *mut u8, value: u32, count: usize) {
+    // SAFETY: by contract. DF is clear by the ABI.
+    unsafe {
+        std::arch::asm!("rep stosd", inout("rcx") count => _, inout("rdi") to => _, in("eax") value,
+            options(nostack, preserves_flags));
+    }
+}
+
 /// A byte copy the compiler does not look into, for memory others may write meanwhile.
 ///
 /// # Safety

@@ -511,6 +511,10 @@ pub trait World {
     fn flushes_done(&self) -> u32 {
         0
     }
+    /// How many accesses to pages mapped for a moment the world says it has done by itself, ever (wraps).
+    fn accesses_done(&self) -> u32 {
+        0
+    }
     /// The ports a world may answer by itself from the next run on.
     fn set_ports(&mut self, _rows: &[PortRow; PORT_ROWS]) {}
     /// How many port accesses the world says it has answered, ever (wraps).

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::fill::FillArea;
 use super::orders::Orders;
+use super::rc_access::{FLEETING, Fleeting};
 use super::rc_cpuid::CpuidTable;
 use super::rc_doze::DozeArea;
 use super::rc_port::PortArea;
@@ -206,6 +207,7 @@ pub(crate) struct Arena {
     pub(crate) quick: [Quick; QUICK],
     pub(crate) ports: PortArea,
     pub(crate) doze: DozeArea,
+    pub(crate) fleeting: [Fleeting; FLEETING],
     pub(crate) cpuid: CpuidTable,
     pub(crate) fill: FillArea,
     /// While a fault answered in the world is returned from: the `ucontext_t` of its signal frame.

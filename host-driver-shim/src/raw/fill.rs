@@ -66,6 +66,8 @@ pub(crate) struct FillArea {
     pub(crate) large: [AtomicU32; 64],
     /// How many `invlpg`s were done, ever (wraps).
     pub(crate) flushes_done: AtomicU32,
+    /// Accesses done on guest RAM ([`super::rc_access`]), ever (wraps).
+    pub(crate) accessed: AtomicU32,
     /// Set-up: size of guest RAM in pages.
     pub(crate) ram_pages: AtomicU32,
     /// How many notes there are.
@@ -175,6 +177,11 @@ impl ArenaMap {
     /// How many `invlpg`s the world says it has done, ever.
     pub(crate) fn flushes_done(&self) -> u32 {
         self.fill_word(offset_of!(FillArea, flushes_done)).load(Relaxed)
+    }
+
+    /// Accesses the world says it has done on guest RAM.
+    pub(crate) fn accesses_done(&self) -> u32 {
+        self.fill_word(offset_of!(FillArea, accessed)).load(Relaxed)
     }
 
     /// As many rows as there is room for; with more, none.

@@ -20,6 +20,7 @@ mod jail;
 mod mapper;
 mod orders;
 mod rc;
+mod rc_access;
 pub(crate) mod rc_cpuid;
 pub mod rc_deliver;
 mod rc_doze;
@@ -769,6 +770,10 @@ impl World for RawWorld {
 
     fn flushes_done(&self) -> u32 {
         self.process.arena.flushes_done()
+    }
+
+    fn accesses_done(&self) -> u32 {
+        self.process.arena.accesses_done()
     }
 
     fn cell(&self) -> Option<u32> {

@@ -41,7 +41,7 @@ impl Ram {
         Some(unsafe { AtomicU32::from_ptr(at) })
     }
 
-    fn holds(&self, pfn: u64) -> bool {
+    pub(crate) fn holds(&self, pfn: u64) -> bool {
         pfn < u64::from(self.pages)
     }
 

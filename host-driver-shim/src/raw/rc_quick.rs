@@ -13,7 +13,7 @@ use super::rc::unmap;
 use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_doze;
 use super::rc_fill::{self, PF_WRITE};
-use super::rc_port;
+use super::{rc_access, rc_port};
 use super::{rc_users, rc_window};
 use crate::world::{Quick, QuickKind};
 
@@ -126,6 +126,8 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     }
     // The same fault again is what is to be expected now.
     area.last.store(NO_FAULT, Relaxed);
+    // SAFETY: by contract: atomics.
+    rc_access::flushed(unsafe { &(*a).fleeting }, lin >> 12);
     area.flushes_done.store(area.flushes_done.load(Relaxed).wrapping_add(1), Relaxed);
     // SAFETY: by contract.
     unsafe { rc_users::flushed(a, lin >> 12, page) };

@@ -14,6 +14,7 @@ use super::entry::{
 };
 use super::long_gate;
 use super::rc::{arena, death, die};
+use super::rc_access;
 use super::rc_cpuid;
 use super::rc_deliver;
 use super::rc_doze;
@@ -70,6 +71,14 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
         // SIGBUS: a page of a window that was not let in.
         if matches!(signal, libc::SIGSEGV | libc::SIGBUS) && code > 0 && may_answer(gregs, csgsfs, arena) {
             let (cr2, error) = (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32);
+            let [es, ds, ..] = data_selectors();
+            if signal == libc::SIGSEGV
+                && error & PF_FETCH == 0
+                && rc_access::perform(arena, gregs, cr2, (csgsfs as u16, es, ds))
+            {
+                (*arena).returning.store(uc.expose_provenance() as u64, Release);
+                subring_rc_return();
+            }
             match rc_fill::answer(arena, cr2, error, csgsfs as u16) {
                 Answer::Filled => {
                     (*arena).returning.store(uc.expose_provenance() as u64, Release);

@@ -803,6 +803,8 @@ impl Em {
             self.account
                 .set_inline("int and exceptions to the guest, in the world", raw.reflected_in_worlds());
             self.account.set_inline("invlpg, in the world", raw.flushed_in_worlds());
+            self.account
+                .set_inline("access to a page mapped for a moment, in the world", raw.accessed_in_worlds());
             self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
             self.account.set_inline("timer tick, in the world", raw.ticks_in_worlds());
             for patch in raw.kernel_code.patm.patches() {

@@ -520,6 +520,12 @@ impl RawEngine {
         self.kernels.iter().map(|s| u64::from(s.world.flushes_done())).sum()
     }
 
+    /// Accesses to pages mapped for a moment that worlds have done by themselves.
+    #[must_use]
+    pub fn accessed_in_worlds(&self) -> u64 {
+        self.kernels.iter().map(|s| u64::from(s.world.accesses_done())).sum()
+    }
+
     /// System calls and exceptions of ring 3 that worlds have sent to the guest's handlers by themselves, other than page
     /// faults.
     #[must_use]
