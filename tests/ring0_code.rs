@@ -138,6 +138,24 @@ impl Writer<'_> {
     fn w32(&mut self, v: u32) {
         self.b(&v.to_le_bytes());
     }
+    /// `rep movsd` of a count that is seen to be small, in one way or another.
+    fn short_copy(&mut self) {
+        for register in [0xbe, 0xbf] {
+            if !self.r.one_in(4) {
+                let at = self.data_address();
+                self.b(&[register]);
+                self.w32(at);
+            }
+        }
+        let (words, in_bytes) = (self.r.below(24) as u32, self.r.one_in(2));
+        self.b(&[0xb9]);
+        self.w32(if in_bytes { 4 * words } else { words });
+        if in_bytes {
+            self.b(&[0xc1, 0xe9, 2]);
+        }
+        let direction = self.r.pick(&[0xfc, 0xfc, 0xfc, 0xfd]);
+        self.b(&[direction, 0xf3, 0xa5]);
+    }
     /// A register other than ESP.
     fn reg(&mut self) -> u8 {
         self.r.pick(&[0, 1, 2, 3, 5, 6, 7])
@@ -255,6 +273,7 @@ impl Writer<'_> {
                 self.b(&[op]);
                 self.fix(item, Fix::Rel8);
             }
+            17 if self.r.one_in(2) => self.short_copy(),
             17 => {
                 let n = self.r.below(20) as u8;
                 self.b(&[0x6a, n, 0x59]);
@@ -510,9 +529,10 @@ pub fn generate_loop(r: &mut Random, p: Places, turns: u32) -> Code {
         let a = w.reg();
         let cc = w.r.below(16) as u8;
         let flags = w.r.pick(&[0x202u32, 0x2, 0x246, 0xad7]);
-        match w.r.below(16) {
+        match w.r.below(17) {
             0 => w.b(&[0xfa]),
             1 => w.b(&[0xfb]),
+            16 => w.short_copy(),
             2 => w.b(&[0x9c, 0x58 + a]),
             3 => w.b(&[0x9c, 0xfa, 0x9d]),
             4 => {

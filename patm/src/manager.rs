@@ -1,6 +1,7 @@
 //! [`Patm`]: keeps the patches, makes and undoes them, and translates EIPs both ways.
 
 mod adapt;
+mod hasten;
 
 use crate::CodeInfo;
 use crate::alloc_region::{Allocator, Trapping, traps};
@@ -250,6 +251,10 @@ impl Patm {
             e.begin(insn.at);
             goes_on = match (insn.class(), &window.tail) {
                 (Class::Sensitive(kind), _) => site(&mut e, insn, kind),
+                _ if window.hastened == Some(insn.at) => {
+                    hasten::emit(&mut e, insn);
+                    true
+                }
                 (_, Some(tail)) if insn.next() == end => {
                     e.op(&[0x90]); // nop: the jump, which keeps its own place in the map
                     e.state = e.at(tail.at);
@@ -370,6 +375,7 @@ impl Patm {
 
     fn enter(&mut self, placed: Placed, why: Option<Refusal>) -> PatchId {
         let Placed { window, tactic, writes, sites, trampoline, map } = placed;
+        let hastened = window.hastened.map(GuestLin);
         let via = window.thread.as_ref().map_or(&[][..], |t| &t.via);
         self.insert(Patch {
             id: PatchId(self.next_patch),
@@ -388,6 +394,7 @@ impl Patm {
             trampoline: Some(trampoline),
             map,
             why,
+            hastened,
         })
     }
 
@@ -413,6 +420,7 @@ impl Patm {
             trampoline: None,
             map: EipMap::default(),
             why: Some(why),
+            hastened: None,
         })
     }
 
@@ -513,6 +521,14 @@ impl Patm {
     pub fn patch_at(&self, eip: u32) -> Option<&Patch> {
         let (&start, id) = self.by_start.range(..=eip).next_back()?;
         self.patches.get(id).filter(|p| eip - start < u32::from(p.len))
+    }
+
+    /// Patches that only make something faster and have a byte of `lo..hi`.
+    #[must_use]
+    pub fn hastened_in(&self, lo: GuestLin, hi: GuestLin) -> Vec<(GuestLin, GuestLin)> {
+        let near = self.by_start.range(lo.0.saturating_sub(MAX_EXTENT)..hi.0);
+        let patches = near.filter_map(|(_, id)| self.patches.get(id));
+        patches.filter(|p| p.hastened.is_some() && p.end() > lo).map(|p| (p.start, p.end())).collect()
     }
 
     /// Does a patch start in `lo..hi`?

@@ -89,6 +89,10 @@ pub struct Fix {
     pub restore_image: bool,
     /// To be added to ESP (after `restore`).
     pub esp_add: i32,
+    /// To be added to ECX.
+    pub count_add: u32,
+    /// With ECX 0 the instruction is over: the guest EIP then.
+    pub over_at_zero: Option<u32>,
     /// What is left to do.
     pub finish: Finish,
     /// The instruction that was being done has taken effect: `resume` is behind it (or see `to_target`).
@@ -144,6 +148,10 @@ impl Fix {
             }
         }
         gpr[4] = gpr[4].wrapping_add_signed(self.esp_add);
+        gpr[1] = gpr[1].wrapping_add(self.count_add);
+        if let Some(next) = self.over_at_zero.filter(|_| gpr[1] == 0) {
+            return next;
+        }
         match self.finish {
             Finish::Nothing => {}
             Finish::StoreIf => {

@@ -216,6 +216,8 @@ pub struct Patch {
     pub map: EipMap,
     /// For a trap byte: why no jump was possible.
     pub why: Option<Refusal>,
+    /// It is for no sensitive instruction but makes the one here faster ([`crate::Patm::hasten`]).
+    pub hastened: Option<GuestLin>,
 }
 
 impl Patch {

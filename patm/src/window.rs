@@ -28,6 +28,8 @@ pub(crate) struct Window {
     pub(crate) tail: Option<Insn>,
     /// A site elsewhere to which a branch of the window leads, done here as well.
     pub(crate) thread: Option<Thread>,
+    /// The instruction at this EIP, the copy of [`crate::hasten`], is done in another way.
+    pub(crate) hastened: Option<u32>,
 }
 
 /// Sites inside a window that branches from outside may go to nevertheless: those that would be trapping bytes
@@ -207,5 +209,5 @@ pub(crate) fn window(
             return Err(Refusal::BranchTarget); // overlapping code
         }
     }
-    Ok(Window { insns, filler, inner_target, tail: None, thread: None })
+    Ok(Window { insns, filler, inner_target, tail: None, thread: None, hastened: None })
 }

@@ -781,6 +781,7 @@ impl Em {
             self.account.set_gauge("spans_rescanned", c.rescans);
             self.account.set_gauge("patches_undone", c.undone);
             self.account.set_gauge("patches_improved", c.improved);
+            self.account.set_gauge("copies_hastened", c.hastened);
             let (own, joint) = (&raw.user_code, &raw.joint_code);
             self.account.set_gauge("user_pages_examined", own.looked_at + joint.looked_at);
             self.account.set_gauge("user_pages_copied", own.copied + joint.copied);

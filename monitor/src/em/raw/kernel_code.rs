@@ -20,6 +20,8 @@ use std::collections::{BTreeSet, HashMap};
 
 /// What an unproven byte of the code view holds.
 pub const UNSCANNED: u8 = 0xf4;
+/// No window reaches further from its site.
+const ROOM: u32 = 40;
 /// Data writes to a page with code before its copy is given up (until it is executed again).
 const WRITES_BEFORE_DROP: u32 = 64;
 /// Hits of a trap byte before its site is looked at again, and at each power of two from there: a power of two.
@@ -50,6 +52,7 @@ pub struct Counts {
     pub mid_instruction: u64,
     pub merged: u64,
     pub improved: u64,
+    pub hastened: u64,
     pub pages_made: u64,
     pub pages_dropped: u64,
 }
@@ -81,6 +84,8 @@ pub struct KernelCode {
     /// Known instructions whose first byte traps in the view although they have no patch: sites that cannot be patched, and
     /// whatever shares bytes with them.
     interpreted: BTreeSet<GuestLin>,
+    /// Copies of a few words that may be made faster when the sensitive instructions have their patches.
+    slow: BTreeSet<GuestLin>,
 }
 
 /// Writes code memory. Offsets come from its own allocator, so the bounds check cannot fail.
@@ -153,6 +158,7 @@ impl KernelCode {
             changes: 0,
             traps: HashMap::new(),
             interpreted: BTreeSet::new(),
+            slow: BTreeSet::new(),
         }
     }
 
@@ -299,6 +305,7 @@ impl KernelCode {
             self.changes += 1;
             self.counts.undone += 1;
             sites.extend(patch.sites.iter().map(|s| s.at));
+            self.slow.extend(patch.hastened);
             if let Some(t) = &patch.trampoline {
                 self.trampolines.erase(code, t.at, t.code.len());
             }
@@ -321,6 +328,7 @@ impl KernelCode {
         if *hits < TRAPS_BEFORE_IMPROVING || !hits.is_power_of_two() {
             return;
         }
+        self.make_way(code, at);
         let made = {
             let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
             self.patm.improve(at, &MapView { map: &self.map, fetch, writable })
@@ -329,6 +337,7 @@ impl KernelCode {
         for id in made {
             self.install(code, id);
         }
+        self.hasten(code);
     }
 
     fn patch_sites(&mut self, code: &CodeMemory, sites: impl IntoIterator<Item = GuestLin>) {
@@ -336,6 +345,41 @@ impl KernelCode {
             let again = self.undo_in(code, lo, hi);
             self.counts.merged += 1;
             self.patch_each(code, again);
+        }
+        self.hasten(code);
+    }
+
+    /// Makes faster what can be, where sensitive instructions have left room.
+    fn hasten(&mut self, code: &CodeMemory) {
+        for at in std::mem::take(&mut self.slow) {
+            if self.overlapped(at) || self.interpreted.contains(&at) {
+                continue;
+            }
+            let made = {
+                let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
+                let info = MapView { map: &self.map, fetch, writable };
+                self.patm.hasten(at, &info).map(|patch| patch.id)
+            };
+            if let Some(id) = made {
+                self.counts.hastened += 1;
+                self.install(code, id);
+            }
+        }
+    }
+
+    /// `rep movsd`.
+    fn is_copy(&self, &(at, len): &(GuestLin, u8)) -> bool {
+        let page = self.pages.get(&at.page_number());
+        let bytes = page.and_then(|page| page.original.get(at.page_offset()..at.page_offset() + 2));
+        len == 2 && bytes == Some(&[0xf3, 0xa5])
+    }
+
+    /// A sensitive instruction is to be patched: what is there only to be faster gives way for now.
+    fn make_way(&mut self, code: &CodeMemory, site: GuestLin) {
+        let lo = GuestLin(site.0.saturating_sub(ROOM));
+        for (start, end) in self.patm.hastened_in(lo, GuestLin(site.0.saturating_add(ROOM))) {
+            let sites = self.undo_in(code, start, end);
+            debug_assert!(sites.is_empty(), "it was for none");
         }
     }
 
@@ -362,6 +406,7 @@ impl KernelCode {
                 continue;
             }
             self.interpreted.remove(&site);
+            self.make_way(code, site);
             let planned = {
                 let (fetch, writable) = (fetch(&self.pages), writable(&self.pages));
                 let info = MapView { map: &self.map, fetch, writable };
@@ -566,6 +611,8 @@ impl KernelCode {
             }
         }
         again.extend(report.sites.iter().map(|s| s.at));
+        let copies: Vec<_> = report.instructions.iter().filter(|i| self.is_copy(i)).map(|i| i.0).collect();
+        self.slow.extend(copies);
         self.patch_sites(code, again);
         self.assert_only_scanned(code, &report.pages);
     }
