@@ -34,8 +34,8 @@ impl Machine {
         let program = CODE + 2 * gate_jump(0).len() as u32;
         guest.ram.write_u32(DIRECTORY + 4, TABLE as u32 | 3).unwrap();
         for i in 0..3 {
-            let entry = TABLE + 4 * u64::from((MOMENT >> 12) + i & 0x3ff);
-            guest.ram.write_u32(entry, FRAME as u32 + (i << 12) | SUPERVISOR).unwrap();
+            let entry = TABLE + 4 * u64::from(((MOMENT >> 12) + i) & 0x3ff);
+            guest.ram.write_u32(entry, (FRAME as u32 + (i << 12)) | SUPERVISOR).unwrap();
         }
         let mode = FillMode::ENABLED | FillMode::SUPERVISOR | FillMode::WP;
         guest.world.set_fill_rules(&FillRules { cr3: DIRECTORY as u32, mode, ..FillRules::default() });

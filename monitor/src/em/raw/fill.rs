@@ -27,14 +27,14 @@ impl RawEngine {
         let layout = self.layout;
         let access = Access { write, fetch: false, privilege: Privilege::User };
         let Ok(leaf) = walk(m, cpu, lin, access) else { return Ok(()) };
-        let reserved = self.reserves(matches!(place, Place::Kernel(_)), lin);
+        let free = !self.reserves(matches!(place, Place::Kernel(_)), lin);
         let space = self.space(place);
         let there = space.data.get(lin);
-        let plain = m.is_ram(leaf.frame)
+        let plain = free
+            && m.is_ram(leaf.frame)
             && !(write && m.is_tracked((leaf.frame.0 >> 12) as u32))
             && layout.data(lin).0 >= LOW_LIMIT
             && !layout.is_engines(layout.data(lin))
-            && !reserved
             && !space.code.get(layout.code_in_place_of(lin.page_base())).mapped()
             && !(there.mapped() && (!write || there.host_write()));
         if plain { self.fill(cpu, m, place, lin, leaf) } else { Ok(()) }
