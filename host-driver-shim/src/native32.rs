@@ -4,6 +4,7 @@
 //! is mapped below 4 GiB around them. Whatever the instruction does ends in an exception: its own, or the #GP of the
 //! `hlt` it arrives at. The signal handler copies the state out. Test support: nothing else uses it.
 
+use crate::raw::signal::GENERAL;
 use std::arch::naked_asm;
 use std::io;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -284,17 +285,7 @@ extern "C" fn on_signal(_signal: libc::c_int, _info: *mut libc::siginfo_t, conte
             libc::_exit(5);
         }
         let state = &mut *CURRENT.load(Ordering::Relaxed);
-        let order = [
-            libc::REG_RAX,
-            libc::REG_RCX,
-            libc::REG_RDX,
-            libc::REG_RBX,
-            libc::REG_RSP,
-            libc::REG_RBP,
-            libc::REG_RSI,
-            libc::REG_RDI,
-        ];
-        for (r, n) in state.gpr.iter_mut().zip(order) {
+        for (r, n) in state.gpr.iter_mut().zip(GENERAL) {
             *r = g[n as usize] as u32;
         }
         state.eip = g[libc::REG_RIP as usize] as u32;

@@ -30,7 +30,7 @@ mod rc_quick;
 mod rc_users;
 pub mod rc_walk;
 pub(crate) mod rc_window;
-mod signal;
+pub(crate) mod signal;
 mod spawn;
 
 use std::io;

@@ -17,6 +17,7 @@ use super::arena::{Arena, RAM_VA};
 use super::fill::is_set;
 use super::rc_fill::Ram;
 use super::rc_walk::{right, walk};
+use super::signal::GENERAL;
 use crate::shared::{copy, fill_words};
 use crate::world::{FillMode, FillRules};
 
@@ -43,17 +44,6 @@ const ESP: usize = 4;
 const EBP: usize = 5;
 const ESI: usize = 6;
 const EDI: usize = 7;
-/// The general registers in encoding order, in a signal frame.
-const REGISTERS: [i32; 8] = [
-    libc::REG_RAX,
-    libc::REG_RCX,
-    libc::REG_RDX,
-    libc::REG_RBX,
-    libc::REG_RSP,
-    libc::REG_RBP,
-    libc::REG_RSI,
-    libc::REG_RDI,
-];
 
 /// What is known of a guest linear page.
 #[repr(C)]
@@ -91,7 +81,7 @@ fn is_due(known: &[Fleeting; FLEETING], page: u32) -> bool {
     n < FEW
 }
 
-/// A place in memory, in a segment that begins at 0: DS, or SS.
+/// A place in memory, in DS or SS, which are flat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Address {
     base: Option<usize>,
@@ -360,11 +350,11 @@ struct Cpu<'a> {
 
 impl Cpu<'_> {
     fn get(&self, register: usize) -> u32 {
-        let index = REGISTERS.get(register).copied().unwrap_or(libc::REG_RAX);
+        let index = GENERAL.get(register).copied().unwrap_or(libc::REG_RAX);
         self.gregs.get(index as usize).copied().unwrap_or(0) as u32
     }
     fn set(&mut self, register: usize, value: u32) {
-        let index = REGISTERS.get(register).copied().unwrap_or(libc::REG_RAX);
+        let index = GENERAL.get(register).copied().unwrap_or(libc::REG_RAX);
         if let Some(place) = self.gregs.get_mut(index as usize) {
             *place = i64::from(value);
         }
@@ -423,12 +413,12 @@ fn ram_at(at: u64) -> *mut u8 {
 ///
 /// # Safety
 /// In a world, `a` is its mapped arena, the world has the turn, and `gregs` are those of the frame of the page fault, which
-/// interrupted guest code with this selector in CS and these in ES and DS.
+/// interrupted guest code with these selectors in CS, SS, ES and DS.
 pub(crate) unsafe fn perform(
     a: *mut Arena,
     gregs: &mut [i64; 23],
     cr2: u32,
-    (cs, es, ds): (u16, u16, u16),
+    [cs, ss, es, ds]: [u16; 4],
 ) -> bool {
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, known, mode, delta, user_cs) = unsafe {
@@ -443,7 +433,7 @@ pub(crate) unsafe fn perform(
     };
     let lin = cr2.wrapping_sub(delta);
     let ring0 = user_cs != u32::from(cs) && mode.contains(FillMode::ENABLED | FillMode::SUPERVISOR);
-    if !ring0 || !is_due(known, lin >> 12) || es != ds {
+    if !ring0 || !is_due(known, lin >> 12) || ds != ss || es != ss {
         return false;
     }
     let mut cpu = Cpu { gregs };

@@ -28,6 +28,18 @@ pub(crate) const KICK_SIGNAL: i32 = libc::SIGUSR1;
 /// The signal of the world's own timer, see [`super::rc_doze`].
 pub(crate) const GUARD_SIGNAL: i32 = libc::SIGALRM;
 
+/// The general registers in encoding order, in a signal frame.
+pub(crate) const GENERAL: [i32; 8] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+];
+
 /// The host's 64-bit user code selector: whatever interrupted code ran with it is not guest code (or has escaped).
 const CS64: u64 = 0x33;
 const TF: i64 = 0x100;
@@ -74,7 +86,7 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
             let [es, ds, ..] = data_selectors();
             if signal == libc::SIGSEGV
                 && error & PF_FETCH == 0
-                && rc_access::perform(arena, gregs, cr2, (csgsfs as u16, es, ds))
+                && rc_access::perform(arena, gregs, cr2, [csgsfs as u16, (csgsfs >> 48) as u16, es, ds])
             {
                 (*arena).returning.store(uc.expose_provenance() as u64, Release);
                 subring_rc_return();
@@ -254,15 +266,13 @@ fn leads_to_gate(rip: u64, gregs: &[i64; 23]) -> bool {
 /// # Safety
 /// `fp` points to the frame's FXSAVE image, `arena` to the mapped arena.
 unsafe fn save_guest(gregs: &[i64; 23], csgsfs: u64, fp: *const u8, arena: *mut Arena) {
-    use libc::{REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RSI, REG_RSP};
     let [es, ds, fs, gs] = data_selectors();
     // SAFETY: `arena` is mapped, and while the world has the turn only we write its registers; the frame's FXSAVE image
     // is 512 bytes (more follow it).
     unsafe {
         let regs = &raw mut (*arena).regs;
-        let order = [REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI];
         let gpr = (&raw mut (*regs).gpr).cast::<u32>();
-        for (i, r) in order.into_iter().enumerate() {
+        for (i, r) in GENERAL.into_iter().enumerate() {
             gpr.add(i).write_volatile(greg(gregs, r) as u32);
         }
         (&raw mut (*regs).eip).write_volatile(greg(gregs, libc::REG_RIP) as u32);
