@@ -3,11 +3,13 @@
 use super::guest::{BASES, CODE, CODE_LEN, DATA, Plain, STACK};
 use super::rig::Rig;
 use super::{
-    Choices, Honest, Limits, Meddler, NEVER, Native, Tally, Trace, Useless, compare_memory, follow, interpret,
+    Choices, Honest, Limits, Meddler, NEVER, Native, Passed, Tally, Trace, Useless, compare_memory, follow,
+    interpret,
 };
 use crate::ring0_code::{Random, sel};
 use monitor::cpum::{CpuState, eflags, gpr};
 use monitor::em::raw::RawEngine;
+use std::collections::BTreeMap;
 
 /// Bytes before the code.
 pub const HEADER: usize = 48;
@@ -213,7 +215,21 @@ pub fn interpret_guest(
 /// that nobody had found: its bytes are shown as they are, and patches behind them are not what they mean.
 #[must_use]
 pub fn two_streams(raw: &RawEngine, trace: &Trace) -> bool {
-    trace.passed.iter().any(|p| raw.kernel_code.is_unscanned_inside(csam::GuestLin(p.state.eip)))
+    let unscanned = |p: &Passed| raw.kernel_code.is_unscanned_inside(csam::GuestLin(p.state.eip));
+    overlap(trace) || trace.passed.iter().any(unscanned)
+}
+
+/// Whether two instructions that were passed have bytes in common. When the first ran, nobody knew of the second, whatever is
+/// known at the end. Where an instruction has been replaced by another one, nothing is said.
+fn overlap(trace: &Trace) -> bool {
+    let mut lengths: BTreeMap<u32, Option<usize>> = BTreeMap::new();
+    for p in &trace.passed {
+        let length = p.instruction.len();
+        let known = lengths.entry(p.state.eip).or_insert(Some(length));
+        *known = known.filter(|known| *known == length);
+    }
+    let spans: Vec<(u32, usize)> = lengths.into_iter().filter_map(|(at, len)| Some((at, len?))).collect();
+    spans.windows(2).any(|pair| ((pair[1].0 - pair[0].0) as usize) < pair[0].1)
 }
 
 /// Every sensitive instruction that scans found is patched or traps, whether it was executed or not.
