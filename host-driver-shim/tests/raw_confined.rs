@@ -279,13 +279,6 @@ fn a_kick_on_the_way_to_the_gate_does_not_end_the_world() {
         let mut spins = code.clone();
         spins.truncate(at);
         spins.extend([0xeb, 0xfe]);
-        g = Guest::confined(&spins);
-        let kicker = g.world.kicker();
-        let thread = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            kicker.kick();
-        });
-        assert!(matches!(g.world.run(&mut regs()), Err(WorldError::Died(_))));
-        thread.join().unwrap();
+        assert_dies_of_a_kick(Guest::confined(&spins));
     }
 }

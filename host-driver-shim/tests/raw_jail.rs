@@ -103,14 +103,7 @@ fn lies_in_the_arena_end_the_world_and_not_the_monitor() {
 
 #[test]
 fn escaped_code_that_spins_is_ended_by_a_kick() {
-    let mut g = Guest::with(&escape(&[0xeb, 0xfe]));
-    let kicker = g.world.kicker();
-    let thread = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(50));
-        kicker.kick();
-    });
-    assert!(matches!(g.world.run(&mut regs()), Err(WorldError::Died(_))));
-    thread.join().unwrap();
+    assert_dies_of_a_kick(Guest::with(&escape(&[0xeb, 0xfe])));
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub(crate) struct Window {
     pub(crate) tail: Option<Insn>,
     /// A site elsewhere to which a branch of the window leads, done here as well.
     pub(crate) thread: Option<Thread>,
-    /// The instruction at this EIP, the copy of [`crate::hasten`], is done in another way.
+    /// The instruction at this EIP, the copy of [`crate::Patm::hasten`], is done in another way.
     pub(crate) hastened: Option<u32>,
 }
 
@@ -51,17 +51,21 @@ impl Window {
     }
 }
 
+/// The instruction right in front of `at` from which execution falls through to it.
+pub(crate) fn before(info: &dyn CodeInfo, at: u32) -> Option<Insn> {
+    (1..=15).find_map(|d| {
+        let insn = Insn::decode(info, at.checked_sub(d)?)?;
+        (insn.len() == d && insn.falls_through()).then_some(insn)
+    })
+}
+
 /// Where a window covering the site at `site` may start: at the site, else at each instruction before it from which
 /// execution only falls through to it.
 pub(crate) fn starts(info: &dyn CodeInfo, site: u32) -> Vec<u32> {
     let mut starts = Vec::from([site]);
     let mut at = site;
     for _ in 0..MAX_BACK {
-        let before = (1..=15).find_map(|d| {
-            let insn = Insn::decode(info, at.checked_sub(d)?)?;
-            (insn.len() == d && insn.falls_through()).then_some(insn)
-        });
-        match before {
+        match before(info, at) {
             Some(insn) if site - insn.at < MAX_LEN - 15 => at = insn.at,
             _ => break,
         }

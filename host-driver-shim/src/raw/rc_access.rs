@@ -14,12 +14,11 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::arena::{Arena, RAM_VA};
-use super::fill::is_set;
-use super::rc_fill::Ram;
+use super::rc_fill::{Places, Ram};
 use super::rc_walk::{right, walk};
 use super::signal::GENERAL;
 use crate::shared::{copy, fill_words};
-use crate::world::{FillMode, FillRules};
+use crate::world::FillMode;
 
 /// So many pages are known to be mapped for a moment only.
 pub(crate) const FLEETING: usize = 64;
@@ -381,9 +380,7 @@ impl Cpu<'_> {
 /// Guest memory with ring 0's rights.
 struct Memory<'a> {
     ram: &'a Ram,
-    rules: &'a FillRules,
-    /// World pages that are not the guest's data's.
-    foreign: &'a super::fill::Bitmap,
+    places: Places<'a>,
     known: &'a [Fleeting; FLEETING],
 }
 
@@ -391,11 +388,11 @@ impl Memory<'_> {
     /// The guest physical address of `lin`; A and D are set as the processor would. Code, devices and what is not the kernel's own
     /// are none of ours.
     fn at(&self, lin: u32, write: bool) -> Option<u64> {
-        let page = lin.wrapping_add(self.rules.delta) >> 12;
-        if is_set(self.foreign, page) || self.rules.keeps_out(page, 1) {
+        let rules = self.places.rules;
+        if self.places.is_taken(lin.wrapping_add(rules.delta) >> 12) {
             return None;
         }
-        let page = walk(self.ram, self.rules, lin, write, false)?;
+        let page = walk(self.ram, rules, lin, write, false)?;
         let fits = page.rights & right::USER == 0
             && self.ram.holds(page.frame >> 12)
             && !(write && self.ram.is_watched(page.frame >> 12));
@@ -443,7 +440,8 @@ pub(crate) unsafe fn perform(
     // SAFETY: by contract.
     let rules = unsafe { (&raw const (*a).fill.rules).read_volatile() };
     let ram = Ram { pages: area.ram_pages.load(Relaxed) };
-    let memory = Memory { ram: &ram, rules: &rules, foreign: &area.foreign, known };
+    let places = Places { rules: &rules, foreign: &area.foreign };
+    let memory = Memory { ram: &ram, places, known };
     let first = cpu.eip() >> 12;
     let mut faulted = Some(lin);
     for _ in 0..STEPS {

@@ -243,13 +243,13 @@ pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) 
 }
 
 /// Which world pages are not the guest's data's.
-struct Places<'a> {
-    rules: &'a FillRules,
-    foreign: &'a super::fill::Bitmap,
+pub(crate) struct Places<'a> {
+    pub(crate) rules: &'a FillRules,
+    pub(crate) foreign: &'a super::fill::Bitmap,
 }
 
 impl Places<'_> {
-    fn is_taken(&self, page: u32) -> bool {
+    pub(crate) fn is_taken(&self, page: u32) -> bool {
         page < LOW_PAGES || is_set(self.foreign, page) || self.rules.keeps_out(page, 1)
     }
 }

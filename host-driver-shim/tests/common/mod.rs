@@ -1,6 +1,8 @@
 //! A small guest: RAM, one world, code at a known place, flat host selectors.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+use std::time::Duration;
+
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
 use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld, long_gate};
@@ -78,6 +80,17 @@ impl Guest {
     pub(crate) fn run(&mut self, regs: &mut HwRegs) -> WorldExit {
         self.world.run(regs).unwrap()
     }
+}
+
+/// A kick ends its world, once its code has run for a while.
+pub(crate) fn assert_dies_of_a_kick(mut guest: Guest) {
+    let kicker = guest.world.kicker();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        kicker.kick();
+    });
+    assert!(matches!(guest.world.run(&mut regs()), Err(WorldError::Died(_))));
+    thread.join().unwrap();
 }
 
 pub(crate) fn regs() -> HwRegs {

@@ -10,7 +10,7 @@ use crate::displace::can_displace;
 use crate::emit::Emitter;
 use crate::insn::Insn;
 use crate::patch::Patch;
-use crate::window::{starts, window};
+use crate::window::{before, starts, window};
 use csam::GuestLin;
 use iced_x86::{Code, OpKind, Register};
 
@@ -20,7 +20,6 @@ const WORDS: u32 = 18;
 const FEW: u32 = 4 * WORDS;
 /// How many instructions before the copy its count may be set.
 const MAX_BACK: usize = 10;
-const LONGEST: u32 = 15;
 
 impl Patm {
     /// Plans a patch that makes the `rep movsd` at `site` faster. None if that is no short copy, or a jump has no room; the instruction
@@ -45,11 +44,7 @@ fn is_short_copy(info: &dyn CodeInfo, insn: &Insn) -> bool {
     }
     let mut at = insn.at;
     for _ in 0..MAX_BACK {
-        let before = (1..=LONGEST).find_map(|back| {
-            let insn = Insn::decode(info, at.checked_sub(back)?)?;
-            (insn.len() == back && insn.falls_through()).then_some(insn)
-        });
-        let Some(before) = before else { return false };
+        let Some(before) = before(info, at) else { return false };
         let i = &before.instr;
         let sets = i.op0_kind() == OpKind::Register && i.op0_register().full_register32() == Register::ECX;
         match i.code() {

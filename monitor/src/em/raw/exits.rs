@@ -618,7 +618,7 @@ impl RawEngine {
         }
         let lin = layout.guest_of_data(WorldLin(cr2));
         let write = error_code & pf::WRITE != 0;
-        if self.reserves(kernel_world, lin) {
+        if self.reserves(kernel_world)(lin) {
             // The guest reached for what is ours. If it has something there we move, else it gets its fault.
             if peek(m, cpu, lin).is_some() {
                 if !kernel_world && self.moves >= MAX_MOVES {

@@ -27,7 +27,7 @@ impl RawEngine {
         let layout = self.layout;
         let access = Access { write, fetch: false, privilege: Privilege::User };
         let Ok(leaf) = walk(m, cpu, lin, access) else { return Ok(()) };
-        let free = !self.reserves(matches!(place, Place::Kernel(_)), lin);
+        let free = !self.reserves(matches!(place, Place::Kernel(_)))(lin);
         let space = self.space(place);
         let there = space.data.get(lin);
         let plain = free
@@ -151,20 +151,19 @@ impl RawEngine {
         let span = if large { 512 } else { AROUND };
         let lo = lin.page_number() & !(span - 1);
         let centre = lin.page_number();
-        let reserved: Vec<bool> =
-            (lo..lo + span).map(|page| self.reserves(supervisor, GuestLin(page << 12))).collect();
+        let reserved = self.reserves(supervisor);
         let space = self.space(place);
         space.tainted |= exposed(lin, &leaf);
         let mut run: Vec<Leaf> = Vec::new();
         let mut run_at = GuestLin(0);
         let mut run_write = false;
-        for (page, reserved) in (lo..lo + span).zip(reserved) {
+        for page in lo..lo + span {
             let at = GuestLin(page << 12);
             let mut this = None;
             let skip = layout.data(at).0 < LOW_LIMIT
                 || layout.is_engines(layout.data(at))
                 || page != centre && space.data.get(at).mapped()
-                || reserved
+                || reserved(at)
                 || space.code.get(layout.code_in_place_of(at)).mapped();
             if !skip {
                 let l = if page == centre {

@@ -40,12 +40,12 @@ impl RawEngine {
         Ok(())
     }
 
-    /// A world with guest ring 0 (`supervisor`), or one of ring 3 alone, has something of ours where the guest's data at `lin`
-    /// would be.
-    pub(super) fn reserves(&self, supervisor: bool, lin: GuestLin) -> bool {
-        match supervisor {
-            true => self.layout.reserved(lin),
-            false => self.user_code.is_patching() && self.layout.behind_trampolines(lin),
+    /// Whether a world with guest ring 0 (`supervisor`), or one of ring 3 alone, has something of ours where the guest's data at a
+    /// linear address would be.
+    pub(super) fn reserves(&self, supervisor: bool) -> impl Fn(GuestLin) -> bool + use<> {
+        let (layout, patching) = (self.layout, self.user_code.is_patching());
+        move |lin| {
+            if supervisor { layout.reserved(lin) } else { patching && layout.behind_trampolines(lin) }
         }
     }
 
