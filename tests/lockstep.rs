@@ -18,7 +18,7 @@ fn counted(console: &str, what: &str) -> u64 {
 #[test]
 fn the_built_in_guest_does_the_same_on_the_raw_engine_and_in_the_interpreter() {
     let _turn = one_guest_at_a_time();
-    for isolation in ["limits", "strict"] {
+    for isolation in ["limits", "strict", "worlds"] {
         let mut guest = Guest::spawn(["run", "--lockstep", "interp", "--isolation", isolation]);
         assert_eq!(guest.wait_exit(LONG), 0, "{}", guest.console());
         let console = guest.console();

@@ -23,6 +23,7 @@ fn patch_all(image: &Image) -> (Patm, Routes) {
         vcpu_base: 0xffe0_0000,
         count_inline: false,
         ring: 3,
+        keys: None,
     });
     let view = MapView {
         map: &map,

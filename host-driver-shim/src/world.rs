@@ -84,6 +84,15 @@ pub enum WorldExit {
     Users,
 }
 
+/// LDT slot of ring 3's flat code in keyed worlds, which cannot be read.
+pub const KEYED_CODE_SLOT: u16 = 0x7ff;
+/// Its selector.
+pub const KEYED_CODE: u16 = KEYED_CODE_SLOT << 3 | 7;
+/// LDT slot of the flat data segment trampolines of keyed worlds work with.
+pub const KEYED_DATA_SLOT: u16 = 0x7fe;
+/// Its selector.
+pub const KEYED_DATA: u16 = KEYED_DATA_SLOT << 3 | 7;
+
 /// How the worlds of an engine want their segments.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SegmentRules {
@@ -100,6 +109,9 @@ pub struct SegmentRules {
     pub readable_code: bool,
     /// In a world that holds both, pages tell ring 3 from ring 0 ([`Prot::USER`]), and limits need not.
     pub pages: bool,
+    /// The same by protection keys, in the hardware's ring 3: with [`SegmentRules::pages`]. Ring 3 runs with a code selector of its
+    /// own then, [`KEYED_CODE`], and is to be shown no code that loads PKRU ([`crate::raw::keys::is_harmful`]).
+    pub keys: bool,
     /// `int n` of ring 3 is #GP with the error code 8 n + 2 for every n but 3 and 4 (SDM vol. 3, 6.13), and the host
     /// does not answer it.
     pub int_faults: bool,
@@ -114,8 +126,13 @@ impl SegmentRules {
         hole: 0,
         readable_code: true,
         pages: false,
+        keys: false,
         int_faults: false,
     };
+
+    /// Those of keyed worlds of `raw`.
+    pub const KEYED: SegmentRules =
+        SegmentRules { code_ring3: KEYED_CODE, pages: true, keys: true, ..SegmentRules::RAW };
 }
 
 /// A segment descriptor to install in a world's LDT, always present.
@@ -158,6 +175,8 @@ bitflags! {
         const PGE = 0x20;
         /// EFER.NXE.
         const NXE = 0x40;
+        /// What is mapped for ring 3 gets its key ([`SegmentRules::keys`]).
+        const KEYS = 0x80;
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::config::{EngineChoice, RunConfig, ShuffleConfig};
 use crate::em::engine::{Engine, EngineKind, Engines, Shuffle};
 use crate::em::kvm::KvmEngine;
-use crate::em::raw::{RawEngine, Worlds};
+use crate::em::raw::{Isolation, Keyed, RawEngine, Worlds};
 use crate::outcome::Ending;
 use host_driver_shim::capabilities::{Probe, modify_ldt};
 use host_driver_shim::code_memory::CodeMemory;
@@ -120,6 +120,12 @@ impl Host<'_> {
             raw::RawEngine::new(self.ram, &code, Some(self.cpu)).map_err(|e: WorldError| e.to_string())?;
         if self.config.lockstep.is_some() {
             host.trap_tsc();
+        }
+        if self.config.isolation == Isolation::Strict {
+            match raw::keys::refusal() {
+                None => return self.in_worlds(Box::new(Keyed(host)), code),
+                Some(why) => log::info!("ring 3 runs in worlds of its own: {why}"),
+            }
         }
         self.in_worlds(Box::new(host), code)
     }

@@ -13,7 +13,7 @@ use crate::map::{Finish, IF, NATIVE};
 use crate::segment::{self, Kept};
 use crate::transition;
 use crate::vcpu_page as page;
-use crate::{ReasonKind, Route, reason_word};
+use crate::{Keys, ReasonKind, Route, reason_word};
 use csam::SensitiveKind as Kind;
 use iced_x86::{Code, FlowControl, InstructionInfoFactory, OpAccess, Register};
 
@@ -66,6 +66,7 @@ pub(crate) struct Context {
     pub(crate) count: bool,
     /// The hardware ring of guest ring 0.
     pub(crate) ring: u8,
+    pub(crate) keys: Option<Keys>,
 }
 
 /// Emits the site `insn`; `begin` has been called. Returns how it is done and whether execution may go on behind it.

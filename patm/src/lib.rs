@@ -38,8 +38,8 @@ pub use inline::counter;
 pub use manager::{Location, Patm, Stats};
 pub use map::{EipMap, Finish, Fix, Point, RegSet, VcpuWords};
 pub use patch::{
-    CodeWrite, Config, LongGate, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic, Trampoline,
-    is_user_reason, reason_word,
+    CodeWrite, Config, Keys, LongGate, Patch, PatchId, ReasonKind, Refusal, Route, SiteRef, Tactic,
+    Trampoline, is_user_reason, reason_word,
 };
 pub use user::{UserPatch, UserPatcher};
 pub use view::MapView;

@@ -234,7 +234,8 @@ impl Patm {
         let mut goes_on = true;
         let mut site = |e: &mut Emitter, insn: &Insn, kind: SensitiveKind| {
             let id = self.next_site + sites.len() as u32;
-            let cx = inline::Context { site_id: id, count: self.config.count_inline, ring: self.config.ring };
+            let Config { count_inline: count, ring, keys, .. } = self.config;
+            let cx = inline::Context { site_id: id, count, ring, keys };
             let (route, goes_on) = inline::emit(e, insn, kind, &cx);
             sites.push(SiteRef {
                 at: GuestLin(insn.at),

@@ -18,6 +18,8 @@ pub(crate) const NATIVE: u32 = 0xcd5;
 pub(crate) const IOPL: u32 = 0x3000;
 /// EFLAGS.IF.
 pub(crate) const IF: u32 = 1 << 9;
+/// The bit of EFLAGS that is always 1.
+pub(crate) const FIXED: u32 = 2;
 
 /// The number of CS in encoding order.
 pub(crate) const CS: u32 = 1;
@@ -81,6 +83,8 @@ pub struct Fix {
     pub resume: u32,
     /// The guest EIP is in `SCRATCH_TARGET` (an `iret` that has taken effect).
     pub to_target: bool,
+    /// What is restored is in the transit page instead, and so are ESP and EIP of an `iret` to ring 3.
+    pub transit: bool,
     /// Registers whose guest value is in their `SCRATCH` slot.
     pub restore: RegSet,
     /// The guest's arithmetic flags are in `SCRATCH_FLAGS`.
@@ -130,8 +134,9 @@ impl Fix {
     /// `eflags`, and in the vCPU page `IF_FLAG`, `HIDDEN_FLAGS`, `SELECTORS` and `CPL`. Returns the guest EIP. What the
     /// segment registers hold follows from `SELECTORS` and `CPL` (`HOST_RING0` and `HOST_RING3` may be stale).
     pub fn apply(&self, gpr: &mut [u32; 8], eflags: &mut u32, words: &mut dyn VcpuWords) -> u32 {
+        let at = |usual, transit| if self.transit { transit } else { usual };
         if self.restore_flags {
-            let saved = words.read(page::SCRATCH_FLAGS);
+            let saved = words.read(at(page::SCRATCH_FLAGS, page::TRANSIT_FLAGS));
             *eflags &= !(LAHF_FLAGS | OF);
             *eflags |= (saved >> 8) & LAHF_FLAGS;
             if saved & 1 != 0 {
@@ -139,12 +144,13 @@ impl Fix {
             }
         }
         if self.restore_image {
-            *eflags = (*eflags & !NATIVE) | (words.read(page::SCRATCH_IMAGE) & NATIVE);
+            *eflags =
+                (*eflags & !NATIVE) | (words.read(at(page::SCRATCH_IMAGE, page::TRANSIT_IMAGE)) & NATIVE);
         }
         for (n, reg) in gpr.iter_mut().enumerate() {
             let n = n as u8;
             if self.restore.contains(n) {
-                *reg = words.read(page::SCRATCH + 4 * u32::from(n));
+                *reg = words.read(at(page::SCRATCH, page::TRANSIT_REGISTERS) + 4 * u32::from(n));
             }
         }
         gpr[4] = gpr[4].wrapping_add_signed(self.esp_add);
@@ -176,8 +182,8 @@ impl Fix {
                 copy(words, page::USER_SS, page::SELECTORS + 4 * SS);
                 words.write(page::IF_FLAG, IF);
                 words.write(page::CPL, 3);
-                gpr[4] = words.read(page::USER_SS_HOST);
-                return words.read(page::USER_CS_HOST);
+                gpr[4] = words.read(at(page::USER_SS_HOST, page::TRANSIT_STACK));
+                return words.read(at(page::USER_CS_HOST, page::TRANSIT_CODE));
             }
             Finish::EnterKernel => {
                 copy(words, page::GATE_CS, page::SELECTORS + 4 * CS);

@@ -17,6 +17,25 @@ pub struct Config {
     pub count_inline: bool,
     /// The hardware ring that guest ring 0 runs in: 3, as its users', or 1.
     pub ring: u8,
+    /// In worlds where ring 3 is kept from all else by a protection key: what trampolines go by.
+    pub keys: Option<Keys>,
+}
+
+/// How a ring transition changes what protection keys allow (SDM Vol. 3A, 4.6.2). Only code of this very kind may load PKRU
+/// where ring 3 can jump to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Keys {
+    /// Ring 3's flat code segment, which no other code has.
+    pub code: u16,
+    /// A flat data segment.
+    pub data: u16,
+}
+
+impl Keys {
+    /// PKRU of ring 3: nothing of key 0. It must be less than 80h.
+    pub const RING3: u8 = 3;
+    /// PKRU of ring 0.
+    pub const RING0: u8 = 0;
 }
 
 /// Names a patch; never used twice by one [`crate::Patm`].

@@ -13,16 +13,19 @@
 //! except SS: the first instructions store through it. A program that loads a host selector of another base there by
 //! itself writes three words into its own memory, or faults, and then its `int n` is left to the monitor.
 
-use crate::emit::{Cond, EAX, ECX, ESP, Emitter, Label};
+use crate::emit::{Cond, EAX, ECX, EDX, ESP, Emitter, Label};
 use crate::inline::{Context, HELD_BACK, IRET_CLEAR, counter};
 use crate::insn::Insn;
-use crate::map::{CS, DATA_SEGMENTS, Finish, IF, IOPL, NATIVE, SS};
+use crate::map::{CS, DATA_SEGMENTS, FIXED, Finish, IF, IOPL, NATIVE, SS};
+use crate::patch::{Config, Keys};
 use crate::vcpu_page as page;
 use csam::SensitiveKind as Kind;
 
 /// EFLAGS bits that ring 3 has in the hardware and ring 0 has not: TF, NT, AC, ID. A transition with one of them set is
 /// for the monitor.
 const USER_ONLY: u32 = 0x100 | 0x4000 | 0x4_0000 | 0x20_0000;
+/// The number of FS; GS is the next.
+const FS: u8 = 4;
 /// Bytes of the frame that a gate to an inner ring pushes.
 const FRAME: u8 = 20;
 
@@ -120,6 +123,10 @@ pub(crate) fn enter_user(e: &mut Emitter, slow: Label, cx: &Context) {
     if cx.count {
         e.count(counter(Kind::Iret));
     }
+    if let (Some(_), false) = (cx.keys, by_iret) {
+        leave_by_transit(e);
+        return;
+    }
     e.restore(ECX);
     e.restore(EAX);
     if by_iret {
@@ -134,17 +141,110 @@ pub(crate) fn enter_user(e: &mut Emitter, slow: Label, cx: &Context) {
     e.page_op(&[0xff], 5, page::USER_CS_HOST); // jmp far [code]
 }
 
-/// `int n` from ring 3 to ring 0 through an interrupt or trap gate, SDM Vol. 2A, "INT n", label
-/// INTER-PRIVILEGE-LEVEL-INTERRUPT. `begin` has been called. Ends the trampoline.
-///
-/// A debugger sees nothing of it: with TF set it is the monitor's.
-pub(crate) fn enter_kernel(e: &mut Emitter, insn: &Insn, vector: u8, reason: u32, count: bool) {
+/// The end of [`enter_user`] in a keyed world: loads PKRU, behind which the vCPU page is out of reach.
+fn leave_by_transit(e: &mut Emitter) {
+    e.save(EDX);
+    e.store(page::TRANSIT_REGISTERS + 4 * u32::from(EDX), EDX);
+    let words = [
+        (page::SCRATCH + 4 * u32::from(EAX), page::TRANSIT_REGISTERS + 4 * u32::from(EAX)),
+        (page::SCRATCH + 4 * u32::from(ECX), page::TRANSIT_REGISTERS + 4 * u32::from(ECX)),
+        (page::SCRATCH_IMAGE, page::TRANSIT_IMAGE),
+        (page::USER_SS_HOST, page::TRANSIT_STACK),
+        (page::USER_SS_HOST + 4, page::TRANSIT_STACK + 4),
+        (page::USER_CS_HOST, page::TRANSIT_CODE),
+        (page::USER_CS_HOST + 4, page::TRANSIT_CODE + 4),
+    ];
+    for (from, to) in words {
+        e.load(ECX, from);
+        e.store(to, ECX);
+    }
+    load_pkru(e, Keys::RING3);
+    e.state.transit = true;
+    // Whoever jumped to that instruction gets no further unless what he loaded is ring 3's. These bytes mean the same in
+    // code of all three sizes.
+    e.op(&[0x83, 0xf8, Keys::RING3]); // cmp eax, imm8
+    e.op(&[0x74, 0x01]); // je over the hlt
+    e.op(&[0xf4]);
+    for reg in [EAX, ECX, EDX] {
+        e.load(reg, page::TRANSIT_REGISTERS + 4 * u32::from(reg));
+    }
+    e.point_esp_at(page::TRANSIT_IMAGE);
+    e.op(&[0x9d]); // popfd
+    e.state.restore_image = false;
+    e.page_op(&[0x0f, 0xb2], ESP, page::TRANSIT_STACK); // lss esp, [stack]
+    e.page_op(&[0xff], 5, page::TRANSIT_CODE); // jmp far [code]
+}
+
+/// Loads PKRU; EAX, ECX and EDX are saved. Leaves the flags alone.
+fn load_pkru(e: &mut Emitter, value: u8) {
+    for (reg, value) in [(EAX, value), (ECX, 0), (EDX, 0)] {
+        e.op_parts(&[&[0xb8 | reg], &u32::from(value).to_le_bytes()]); // mov reg, imm32
+    }
+    e.op(&[0x0f, 0x01, 0xef]); // wrpkru
+}
+
+/// The beginning of [`enter_kernel`]: EAX, ECX, ESP and the flags are saved, and ring 3's flags are in `SCRATCH_IMAGE`.
+fn save_all(e: &mut Emitter) {
     e.save(EAX);
     e.save(ESP);
     e.point_esp_at(page::SCRATCH_IMAGE + 4);
     e.op(&[0x9c]); // pushfd: into SCRATCH_IMAGE
     e.save(ECX);
     e.save_flags();
+}
+
+/// The same in a keyed world, where the vCPU page is out of reach until PKRU is loaded. What is in the transit page then is
+/// whatever ring 3 wants, and so are its registers and segments, if it has jumped to where PKRU is loaded: up to there nothing
+/// is done that it could not do, and behind it nothing is done by a segment or a register of its own before its code segment is
+/// known to be the one this code is written for.
+fn come_by_transit(e: &mut Emitter, keys: Keys) {
+    let slot = |reg: u8| page::TRANSIT_REGISTERS + 4 * u32::from(reg);
+    e.state.transit = true;
+    for reg in [EAX, ECX, EDX, ESP] {
+        e.store(slot(reg), reg);
+        e.state.restore.insert(reg);
+    }
+    e.op(&[0x9f]); // lahf
+    e.op(&[0x0f, 0x90, 0xc0]); // seto al
+    e.store(page::TRANSIT_FLAGS, EAX);
+    e.state.restore_flags = true;
+    e.point_esp_at(page::TRANSIT_IMAGE + 4);
+    e.op(&[0x9c]); // pushfd: into TRANSIT_IMAGE
+    load_pkru(e, Keys::RING0);
+    // As 64-bit code this means the same, and CS is another one then. As 16-bit code the comparison takes the branch behind it
+    // for its operand, and the hlt is next.
+    e.op(&[0x8c, 0xc8]); // mov eax, cs
+    e.op_parts(&[&[0x66, 0x3d], &keys.code.to_le_bytes()]); // cmp ax, imm16
+    e.op(&[0x74, 0x01]); // je over the hlt
+    e.op(&[0xf4]);
+    e.op(&[0x8c, 0xd1]); // mov ecx, ss
+    e.op_parts(&[&[0xb8 | EAX], &u32::from(keys.data).to_le_bytes()]); // mov eax, imm32
+    e.op(&[0x8e, 0xd0]); // mov ss, eax
+    e.store(page::SCRATCH_SS, ECX);
+    for reg in [EAX, ECX, ESP] {
+        e.load(EAX, slot(reg));
+        e.store(page::SCRATCH + 4 * u32::from(reg), EAX);
+    }
+    e.load(EAX, page::TRANSIT_FLAGS);
+    e.store(page::SCRATCH_FLAGS, EAX);
+    e.load(EAX, page::TRANSIT_IMAGE);
+    e.op_parts(&[&[0x25], &(NATIVE | USER_ONLY).to_le_bytes()]); // and eax, imm32
+    e.op_parts(&[&[0x0d], &(FIXED | IF).to_le_bytes()]); // or eax, imm32
+    e.store(page::SCRATCH_IMAGE, EAX);
+    e.load(EDX, slot(EDX));
+    e.state.restore.remove(EDX);
+    e.state.transit = false;
+}
+
+/// `int n` from ring 3 to ring 0 through an interrupt or trap gate, SDM Vol. 2A, "INT n", label
+/// INTER-PRIVILEGE-LEVEL-INTERRUPT. `begin` has been called. Ends the trampoline.
+///
+/// A debugger sees nothing of it: with TF set it is the monitor's.
+pub(crate) fn enter_kernel(e: &mut Emitter, insn: &Insn, vector: u8, reason: u32, config: &Config) {
+    match config.keys {
+        Some(keys) => come_by_transit(e, keys),
+        None => save_all(e),
+    }
     let slow = e.slow_path(reason);
     e.cmp_imm(page::GATE_READY, 1);
     e.jcc(Cond::NotEqual, slow);
@@ -157,13 +257,28 @@ pub(crate) fn enter_kernel(e: &mut Emitter, insn: &Insn, vector: u8, reason: u32
         e.op(&[0x8c, 0xc0 | s << 3]); // mov eax, sreg
         e.page_op(&[0x3b], EAX, page::HOST_RING3 + 4 * u32::from(s));
         e.jcc(Cond::NotEqual, slow);
+        if config.keys.is_some() && s >= FS {
+            // 64-bit code of ring 3 can change the base behind a selector.
+            e.op(&[0x85, 0xc0]); // test eax, eax
+            let null = e.label();
+            e.short_branch(&[0x74], null); // je
+            e.op(&[0x8e, 0xc0 | s << 3]); // mov sreg, eax
+            e.bind(null);
+        }
     }
-    e.op(&[0x8c, 0xd0]); // mov eax, ss
+    match config.keys {
+        Some(_) => e.load(EAX, page::SCRATCH_SS),
+        None => e.op(&[0x8c, 0xd0]), // mov eax, ss
+    }
     e.page_op(&[0x3b], EAX, page::USER_SS_HOST + 4);
     e.jcc(Cond::NotEqual, slow);
     e.load(EAX, page::KERNEL_SS_HOST + 4);
     e.op(&[0x8e, 0xd0]); // mov ss, eax: the tables and the stack lie behind ring 3's limit
-    let slow = e.slow_path_to_user_stack(reason);
+    let slow = match config.keys {
+        // Whatever ring 3 had there must not be used any more: the monitor knows it from SCRATCH_SS.
+        Some(_) => e.slow_path(reason),
+        None => e.slow_path_to_user_stack(reason),
+    };
     check_descriptor(e, page::GATE_AT, page::GATE_LOW, slow);
     e.load(EAX, page::GATE_CS);
     e.page_op(&[0x3b], EAX, page::IRET_CS);
@@ -215,7 +330,7 @@ pub(crate) fn enter_kernel(e: &mut Emitter, insn: &Insn, vector: u8, reason: u32
         e.op(&[0x8e, 0xc0 | s << 3]); // mov sreg, eax
         e.bind(done);
     }
-    if count {
+    if config.count_inline {
         e.count(counter(Kind::Int));
     }
     e.restore_flags();

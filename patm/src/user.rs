@@ -180,7 +180,7 @@ impl UserPatcher {
             e.long_gate(gate, site.next());
         } else {
             let reason = reason_word(self.next, ReasonKind::Emulate);
-            transition::enter_kernel(&mut e, site, vector, reason, self.config.count_inline);
+            transition::enter_kernel(&mut e, site, vector, reason, &self.config);
             e.flush_slow_paths();
         }
         let mut trapping = Trapping::default();

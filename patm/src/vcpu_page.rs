@@ -67,6 +67,8 @@ pub const LDTR: u32 = 0x1a8;
 pub const TR: u32 = 0x1ac;
 /// A value of `IRET_CS` and of `USER_CS` that no selector has.
 pub const IRET_NOWHERE: u32 = u32::MAX;
+/// Scratch u32: the host selector ring 3 had in SS when its `int n` began, in a keyed world.
+pub const SCRATCH_SS: u32 = 0x1b0;
 /// Where the 64-bit gate stub keeps the guest's registers until the runtime copies them (owned by the shim). 256 bytes.
 pub const SHIM_SAVE: u32 = 0x200;
 // The rest, up to the segment cache, is for worlds that hold guest ring 0 and ring 3 together (see
@@ -141,6 +143,19 @@ pub const REFILL: u32 = 0x3e0;
 pub const USER_FRAME: u32 = 0x3e4;
 /// How many events the engine's own ring 0 has sent to the guest's handlers by itself, ever (wraps). u32.
 pub const REFLECTED: u32 = 0x3f8;
+/// The transit page of a keyed world (see [`crate::Keys`]), as an offset from the vCPU page: all that ring 3 may reach. It holds
+/// what a ring transition still needs, or already has, while PKRU is ring 3's: ring 3's own registers, and nothing else.
+pub const TRANSIT: u32 = 0x2000;
+/// The general registers, eight u32 in encoding order.
+pub const TRANSIT_REGISTERS: u32 = TRANSIT;
+/// As `SCRATCH_FLAGS`.
+pub const TRANSIT_FLAGS: u32 = TRANSIT + 0x20;
+/// As `SCRATCH_IMAGE`.
+pub const TRANSIT_IMAGE: u32 = TRANSIT + 0x24;
+/// As `USER_SS_HOST`.
+pub const TRANSIT_STACK: u32 = TRANSIT + 0x30;
+/// As `USER_CS_HOST`.
+pub const TRANSIT_CODE: u32 = TRANSIT + 0x38;
 /// The segment cache: 128 entries of 16 bytes, indexed by GDT index (selector >> 3, so TI = 0 only):
 /// u32 descriptor low, u32 descriptor high (as read from the guest's GDT when the monitor cached it), u32 host selector
 /// for guest ring 0, and a u32 which is 0 for an invalid entry, else 1 in its lower half and in its upper half what

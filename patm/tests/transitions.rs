@@ -197,7 +197,14 @@ fn kernel(ring: u8) -> (Scanned, Patm) {
 }
 
 fn user_config() -> Config {
-    Config { tramp_base: 0xa000_0000, tramp_len: 16 << 20, vcpu_base: USER_VCPU, count_inline: true, ring: 3 }
+    Config {
+        tramp_base: 0xa000_0000,
+        tramp_len: 16 << 20,
+        vcpu_base: USER_VCPU,
+        count_inline: true,
+        ring: 3,
+        keys: None,
+    }
 }
 
 /// Ring-3 code at `at`, scanned from `entries`.

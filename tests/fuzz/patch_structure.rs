@@ -74,8 +74,14 @@ pub fn fuzz(bytes: &[u8]) {
     let good = patm::good_bases((base >> 24) as u8).next().unwrap_or(0);
     let tramp_base = if i.far == 1 { 0x1234_5000 } else { good };
     let tramp_len = if i.far == 1 { 1 << 16 } else { 1 << 24 };
-    let config =
-        Config { tramp_base, tramp_len, vcpu_base: 0xffe0_0000, count_inline: i.count_inline, ring: 3 };
+    let config = Config {
+        tramp_base,
+        tramp_len,
+        vcpu_base: 0xffe0_0000,
+        count_inline: i.count_inline,
+        ring: 3,
+        keys: None,
+    };
     let mut patm = Patm::new(config);
     let mut map = CodeMap::new(CodeSize::Bits32);
     let fetch = |at: GuestLin, buf: &mut [u8]| {

@@ -52,7 +52,7 @@ impl Rig {
     /// # Errors
     /// When the host refuses.
     pub fn engine(&self, count_inline: bool) -> Result<RawEngine, String> {
-        RawEngine::new(Box::new(self.worlds.clone()), self.code.clone(), count_inline, Isolation::Strict)
+        RawEngine::new(Box::new(self.worlds.clone()), self.code.clone(), count_inline, Isolation::Worlds)
             .map_err(|e| e.to_string())
     }
 

@@ -48,6 +48,10 @@ pub(crate) const COMMANDS: usize = 1024;
 
 /// vCPU page: far pointer of the gate (u32 offset, u16 selector). The same as patm's `vcpu_page::GATE`.
 pub const GATE: u32 = 0x70;
+/// Offset from the vCPU page of the transit page of a keyed world. The same as patm's `vcpu_page::TRANSIT`.
+pub const TRANSIT: u32 = 0x2000;
+/// Transit page: where the runtime keeps the `iretq` frame to ring 3, then EAX, ECX, EDX and EDI.
+pub(crate) const TRANSIT_WAY: usize = 0x100;
 /// vCPU page: the reason word a trampoline leaves. The same as patm's `vcpu_page::GATE_REASON`.
 pub const GATE_REASON: u32 = 0x78;
 /// vCPU page: the shim's own 256 bytes. The same as patm's `vcpu_page::SHIM_SAVE`. The stub keeps EAX in the first word.
@@ -191,6 +195,20 @@ pub(crate) struct Arena {
     pub(crate) trap_tsc: AtomicU32,
     /// Set-up: non-zero for a confined world, see [`super::mapper`].
     pub(crate) confined: AtomicU32,
+    /// Set-up: non-zero for a keyed world, see [`super::keys`].
+    pub(crate) keyed: AtomicU32,
+    /// In a keyed world: PKRU with which guest code goes on.
+    pub(crate) pkru: AtomicU32,
+    /// Where a signal frame has PKRU, in bytes from its XSAVE area's start.
+    pub(crate) pkru_at: AtomicU32,
+    /// Not 0 only between the runtime's decision to load [`super::keys::KERNEL_PKRU`] and that.
+    pub(crate) token: AtomicU32,
+    /// The world address of the transit page.
+    pub(crate) transit_at: AtomicU64,
+    /// What a return from a signal must know.
+    pub(crate) secret: AtomicU64,
+    /// The frame of the `iretq` to ring 0, then EAX, ECX, EDX and EDI.
+    pub(crate) kernel_way: [AtomicU64; 7],
     /// Set-up: non-zero for a world that may enter confined ones by itself, see [`super::rc_users`].
     pub(crate) master: AtomicU32,
     /// Set-up: the mapper's thread id, once it is there.
@@ -202,6 +220,8 @@ pub(crate) struct Arena {
     pub(crate) filters: [[u64; FILTER_MAX]; 2],
     pub(crate) vcpu: Page,
     pub(crate) stub: Page,
+    /// In a keyed world, what ring 3 may have of its own way in and out: mapped with its key.
+    pub(crate) transit: Page,
     pub(crate) delivery: DeliveryRules,
     pub(crate) users: UsersArea,
     pub(crate) quick: [Quick; QUICK],
@@ -217,10 +237,13 @@ pub(crate) struct Arena {
 
 /// Byte offset of the vCPU page in the arena's memory object.
 pub(crate) const VCPU_OFFSET: usize = offset_of!(Arena, vcpu);
+/// Byte offset of the transit page in the arena's memory object.
+pub(crate) const TRANSIT_OFFSET: usize = offset_of!(Arena, transit);
 /// Byte offset of the stub page in the arena's memory object.
 pub(crate) const STUB_OFFSET: usize = offset_of!(Arena, stub);
 
 const _: () = {
+    assert!(TRANSIT_OFFSET.is_multiple_of(4096));
     assert!(VCPU_OFFSET.is_multiple_of(4096) && STUB_OFFSET.is_multiple_of(4096));
     assert!(size_of::<Arena>().is_multiple_of(4096));
     assert!(offset_of!(Arena, fx).is_multiple_of(64) && offset_of!(Arena, fill).is_multiple_of(4096));
@@ -350,13 +373,14 @@ impl ArenaMap {
         self.arena.write_u32((offset_of!(Arena, filter_len) + which * 4) as u64, n).is_some()
     }
 
-    /// Reads a u32 of the vCPU page; 0 outside it.
+    /// Reads a u32 of the vCPU page, or with offsets from [`TRANSIT`] on of the transit page; 0 outside them.
     pub(crate) fn vcpu_read(&self, offset: u32) -> u32 {
-        if offset > 4092 {
-            0
-        } else {
-            self.arena.read_u32(VCPU_OFFSET as u64 + u64::from(offset)).unwrap_or(0)
-        }
+        let at = match offset {
+            0..=4092 => VCPU_OFFSET as u64 + u64::from(offset),
+            _ if offset.wrapping_sub(TRANSIT) <= 4092 => TRANSIT_OFFSET as u64 + u64::from(offset - TRANSIT),
+            _ => return 0,
+        };
+        self.arena.read_u32(at).unwrap_or(0)
     }
 
     /// Writes a u32 of the vCPU page; nothing outside it.
@@ -364,6 +388,11 @@ impl ArenaMap {
         if offset <= 4092 {
             let _in_range = self.arena.write_u32(VCPU_OFFSET as u64 + u64::from(offset), value);
         }
+    }
+
+    /// Says where the world has its transit page.
+    pub(crate) fn set_transit(&self, at: u32) {
+        let _in_range = self.arena.write_u64(offset_of!(Arena, transit_at) as u64, u64::from(at));
     }
 
     /// Writes the gate stub's code for a vCPU page at this linear address.
@@ -401,6 +430,7 @@ impl Word {
     pub(crate) const TRAP_TSC: Word = Word(offset_of!(Arena, trap_tsc));
     pub(crate) const CPUID_FAULTS: Word = Word(offset_of!(Arena, cpuid_faults));
     pub(crate) const CONFINED: Word = Word(offset_of!(Arena, confined));
+    pub(crate) const KEYED: Word = Word(offset_of!(Arena, keyed));
     pub(crate) const MASTER: Word = Word(offset_of!(Arena, master));
     pub(crate) const MAPPER: Word = Word(offset_of!(Arena, mapper));
 }

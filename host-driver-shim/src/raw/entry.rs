@@ -8,10 +8,16 @@
 //! 4. `subring_rc_return`: back to guest code behind a fault that was answered here, from its signal frame. It only reads
 //!    that frame and the arena, so a signal inside it can always start it again.
 //! 5. `subring_rc_leave`: back to `rc::serve` on a fresh stack.
+//! 6. `subring_rc_keyed`: the end of 1 and 4 in a keyed world ([`super::keys`]): loads PKRU, too. A signal inside it finds the
+//!    guest's state in what it goes by ([`interrupted_way`]).
 
 use std::mem::offset_of;
+use std::sync::atomic::Ordering::Relaxed;
 
-use super::arena::{ARENA_VA, Arena, SHIM_SAVE, STACK_TOP, VCPU_OFFSET, exit_kind};
+use super::arena::{
+    ARENA_VA, Arena, SHIM_SAVE, STACK_TOP, TRANSIT_OFFSET, TRANSIT_WAY, VCPU_OFFSET, exit_kind,
+};
+use super::keys::{KERNEL_PKRU, USER_PKRU};
 use crate::world::HwRegs;
 
 const REGS: usize = offset_of!(Arena, regs);
@@ -53,6 +59,8 @@ std::arch::global_asm!(
     "push rax",
     "mov eax, [rdi + {eip}]",
     "push rax",
+    "cmp dword ptr [rdi + {keyed}], 0",
+    "jne 4f",
     "mov eax, [rdi + {eax}]",
     "mov ecx, [rdi + {ecx}]",
     "mov edx, [rdi + {edx}]",
@@ -61,12 +69,88 @@ std::arch::global_asm!(
     "mov esi, [rdi + {esi}]",
     "mov edi, [rdi + {edi}]",
     "iretq",
+    "4:",
+    "mov r8, rdi",
+    "lea rsi, [r8 + {kernel_way}]",
+    "lea r9, [r8 + {transit_way}]",
+    "test dword ptr [r8 + {pkru}], {user_pkru}",
+    "cmovnz rsi, r9",
+    "pop qword ptr [rsi]",
+    "pop qword ptr [rsi + 8]",
+    "pop qword ptr [rsi + 16]",
+    "pop qword ptr [rsi + 24]",
+    "pop qword ptr [rsi + 32]",
+    "mov eax, [rdi + {eax}]",
+    "mov [rsi + 40], eax",
+    "mov eax, [rdi + {ecx}]",
+    "mov [rsi + 44], eax",
+    "mov eax, [rdi + {edx}]",
+    "mov [rsi + 48], eax",
+    "mov eax, [rdi + {edi}]",
+    "mov [rsi + 52], eax",
+    "mov ebx, [rdi + {ebx}]",
+    "mov ebp, [rdi + {ebp}]",
+    "mov esi, [rdi + {esi}]",
+    "jmp subring_rc_keyed",
     ".hidden subring_rc_resume_end",
     ".globl subring_rc_resume_end",
     "subring_rc_resume_end:",
     "2:",
     "mov dword ptr [rdi + {kind}], {kind_kick}",
     "jmp subring_rc_leave",
+    "",
+    ".hidden subring_rc_keyed",
+    ".globl subring_rc_keyed",
+    "subring_rc_keyed:", // r8: the arena; what has no place in registers yet is in one of the two ways
+    "xor ecx, ecx",
+    "xor edx, edx",
+    "test dword ptr [r8 + {pkru}], {user_pkru}",
+    "jnz 5f",
+    "lea rsp, [r8 + {kernel_way}]",
+    "mov dword ptr [r8 + {token}], 1",
+    "mov eax, {kernel_pkru}",
+    ".hidden subring_rc_to_kernel",
+    ".globl subring_rc_to_kernel",
+    "subring_rc_to_kernel:",
+    "wrpkru",
+    "mov r8, {arena}", // who jumps here by himself has not set the token
+    "cmp dword ptr [r8 + {token}], 1",
+    "jne subring_rc_forged",
+    "mov dword ptr [r8 + {token}], 0",
+    ".hidden subring_rc_kernel_way",
+    ".globl subring_rc_kernel_way",
+    "subring_rc_kernel_way:",
+    "mov eax, [rsp + 40]",
+    "mov ecx, [rsp + 44]",
+    "mov edx, [rsp + 48]",
+    "mov edi, [rsp + 52]",
+    "iretq",
+    "5:",
+    "mov dword ptr [r8 + {token}], 0",
+    "mov rsp, [r8 + {transit_at}]",
+    "add rsp, {way}",
+    "mov eax, {user_pkru}",
+    ".hidden subring_rc_to_user",
+    ".globl subring_rc_to_user",
+    "subring_rc_to_user:",
+    "wrpkru",
+    "cmp eax, {user_pkru}",
+    "jne subring_rc_forged",
+    ".hidden subring_rc_user_way",
+    ".globl subring_rc_user_way",
+    "subring_rc_user_way:",
+    "mov eax, [rsp + 40]",
+    "mov ecx, [rsp + 44]",
+    "mov edx, [rsp + 48]",
+    "mov edi, [rsp + 52]",
+    "iretq",
+    ".hidden subring_rc_keyed_end",
+    ".globl subring_rc_keyed_end",
+    "subring_rc_keyed_end:",
+    ".hidden subring_rc_forged",
+    ".globl subring_rc_forged",
+    "subring_rc_forged:",
+    "hlt",
     "",
     ".hidden subring_rc_bad_state",
     ".globl subring_rc_bad_state",
@@ -87,6 +171,7 @@ std::arch::global_asm!(
     "subring_rc_gate:",
     "mov rax, {arena}",
     "mov [rax + {ecx}], ecx",
+    "mov dword ptr [rax + {pkru}], {kernel_pkru}",
     "mov [rax + {edx}], edx",
     "mov [rax + {ebx}], ebx",
     "mov [rax + {esp}], esp",
@@ -149,6 +234,9 @@ std::arch::global_asm!(
     "push rax",
     "mov eax, [rdi + {u_eip}]",
     "push rax",
+    "mov rax, {arena}",
+    "cmp dword ptr [rax + {keyed}], 0",
+    "jne 6f",
     "mov eax, [rdi + {u_eax}]",
     "mov ecx, [rdi + {u_ecx}]",
     "mov edx, [rdi + {u_edx}]",
@@ -157,11 +245,61 @@ std::arch::global_asm!(
     "mov esi, [rdi + {u_esi}]",
     "mov edi, [rdi + {u_edi}]",
     "iretq",
+    "6:",
+    "mov r8, rax",
+    "lea rsi, [r8 + {kernel_way}]",
+    "lea r9, [r8 + {transit_way}]",
+    "test dword ptr [r8 + {pkru}], {user_pkru}",
+    "cmovnz rsi, r9",
+    "pop qword ptr [rsi]",
+    "pop qword ptr [rsi + 8]",
+    "pop qword ptr [rsi + 16]",
+    "pop qword ptr [rsi + 24]",
+    "pop qword ptr [rsi + 32]",
+    "mov eax, [rdi + {u_eax}]",
+    "mov [rsi + 40], eax",
+    "mov eax, [rdi + {u_ecx}]",
+    "mov [rsi + 44], eax",
+    "mov eax, [rdi + {u_edx}]",
+    "mov [rsi + 48], eax",
+    "mov eax, [rdi + {u_edi}]",
+    "mov [rsi + 52], eax",
+    "mov ebx, [rdi + {u_ebx}]",
+    "mov ebp, [rdi + {u_ebp}]",
+    "mov esi, [rdi + {u_esi}]",
+    "jmp subring_rc_keyed",
     ".hidden subring_rc_return_end",
     ".globl subring_rc_return_end",
     "subring_rc_return_end:",
     "3:",
     "call {kicked}",
+    "ud2",
+    "",
+    ".hidden subring_rc_syscall",
+    ".globl subring_rc_syscall",
+    "subring_rc_syscall:",
+    "mov rax, rdi",
+    "mov rdi, rsi",
+    "mov rsi, rdx",
+    "mov rdx, rcx",
+    "mov r10, r8",
+    "mov r8, r9",
+    "mov r9, [rsp + 8]",
+    "syscall",
+    ".hidden subring_rc_syscall_end",
+    ".globl subring_rc_syscall_end",
+    "subring_rc_syscall_end:",
+    "mov r11, {arena}", // in a keyed world this faults for ring 3 that has jumped here
+    "cmp dword ptr [r11 + {kick}], 0",
+    "ret",
+    "",
+    ".hidden subring_rc_restorer",
+    ".globl subring_rc_restorer",
+    "subring_rc_restorer:",
+    "mov rdi, {arena}",
+    "mov rdi, [rdi + {secret}]",
+    "mov eax, {sigreturn}",
+    "syscall",
     "ud2",
     "",
     ".hidden subring_rc_signal_entry",
@@ -172,6 +310,17 @@ std::arch::global_asm!(
     "jmp {signal}",
     arena = const ARENA_VA,
     stack = const STACK_TOP,
+    keyed = const offset_of!(Arena, keyed),
+    pkru = const offset_of!(Arena, pkru),
+    token = const offset_of!(Arena, token),
+    secret = const offset_of!(Arena, secret),
+    sigreturn = const libc::SYS_rt_sigreturn,
+    transit_at = const offset_of!(Arena, transit_at),
+    kernel_way = const offset_of!(Arena, kernel_way),
+    way = const TRANSIT_WAY,
+    transit_way = const TRANSIT_OFFSET + TRANSIT_WAY,
+    user_pkru = const USER_PKRU,
+    kernel_pkru = const KERNEL_PKRU,
     kick = const offset_of!(Arena, kick),
     stepped = const offset_of!(Arena, stepped),
     called = const offset_of!(Arena, called),
@@ -226,6 +375,16 @@ unsafe extern "C" {
     static subring_rc_resume_end: u8;
     static subring_rc_return_end: u8;
     fn subring_rc_bad_state();
+    fn subring_rc_keyed();
+    fn subring_rc_to_kernel();
+    fn subring_rc_kernel_way();
+    fn subring_rc_to_user();
+    fn subring_rc_user_way();
+    static subring_rc_keyed_end: u8;
+    fn subring_rc_forged();
+    fn subring_rc_syscall(nr: i64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64;
+    fn subring_rc_syscall_end();
+    fn subring_rc_restorer();
     fn subring_rc_gate();
     fn subring_rc_call();
     fn subring_rc_signal_entry();
@@ -260,4 +419,72 @@ pub(crate) fn call_address() -> u64 {
 
 pub(crate) fn signal_entry_address() -> usize {
     subring_rc_signal_entry as unsafe extern "C" fn() as usize
+}
+
+/// A system call, in the one place of a keyed world from which they may come.
+///
+/// # Safety
+/// As the system call demands; only in a world.
+pub(super) unsafe fn syscall(nr: i64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
+    // SAFETY: by contract.
+    unsafe { subring_rc_syscall(nr, a, b, c, d, e, f) }
+}
+
+fn address(f: unsafe extern "C" fn()) -> u64 {
+    f as usize as u64
+}
+
+/// The address behind the instruction that makes system calls.
+pub(super) fn syscall_end() -> u64 {
+    address(subring_rc_syscall_end)
+}
+
+/// Where handlers return to.
+pub(super) fn restorer_address() -> u64 {
+    address(subring_rc_restorer)
+}
+
+/// The addresses of this program's instructions that may load PKRU.
+pub(super) fn pkru_writers() -> [u64; 2] {
+    [address(subring_rc_to_kernel), address(subring_rc_to_user)]
+}
+
+/// Where code ends that has loaded PKRU without being entitled to.
+pub(super) fn forged_address() -> u64 {
+    address(subring_rc_forged)
+}
+
+/// By which way a keyed world was about to enter guest code when it was interrupted at `rip`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Way {
+    /// By `Arena::kernel_way`.
+    Kernel,
+    /// By the transit page.
+    User,
+}
+
+/// See [`Way`]; None: it was not, or not entitled to.
+///
+/// # Safety
+/// `a` is the mapped arena; `ring3` says whether PKRU was ring 3's.
+pub(super) unsafe fn interrupted_way(rip: u64, ring3: bool, a: *const Arena) -> Option<Way> {
+    let end = (&raw const subring_rc_keyed_end).addr() as u64;
+    if !(address(subring_rc_keyed)..end).contains(&rip) {
+        return None;
+    }
+    if ring3 {
+        return (rip >= address(subring_rc_user_way)).then_some(Way::User);
+    }
+    // SAFETY: by contract: atomics.
+    let (token, pkru) = unsafe { ((*a).token.load(Relaxed), (*a).pkru.load(Relaxed)) };
+    let user = address(subring_rc_to_user);
+    match super::keys::is_ring3(pkru) {
+        // Up to the instruction that loads it, whoever has key 0 is the runtime.
+        true => (rip <= user).then_some(Way::User),
+        false => {
+            let checked =
+                token != 0 || rip <= address(subring_rc_to_kernel) || rip >= address(subring_rc_kernel_way);
+            checked.then_some(Way::Kernel)
+        }
+    }
 }

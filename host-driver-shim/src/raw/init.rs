@@ -12,11 +12,11 @@ use super::arena::{
     RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, WATCHED_FD, WATCHED_VA,
     WINDOWS_VA, exit_kind,
 };
-use super::entry::{call_address, gate_address, signal_entry_address, subring_rc_leave};
+use super::entry::{call_address, gate_address, restorer_address, signal_entry_address, subring_rc_leave};
 use super::orders::Orders;
 use super::rc::{arena, death, die};
 use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
-use super::{mapper, rc_window};
+use super::{keys, mapper, rc_window};
 use crate::ram::watched_size;
 
 /// The variable that makes a process a world. Its value is [`WORLD_VALUE`].
@@ -39,7 +39,7 @@ pub(super) const ARCH_CPUID_SET: u64 = 0x1012;
 pub(crate) static CONSTRUCTOR: extern "C" fn() = become_world_if_asked;
 
 /// What set-up was doing when it failed, as `setup_step` counts.
-pub(crate) const STEPS: [&str; 15] = [
+pub(crate) const STEPS: [&str; 16] = [
     "starting",
     "mapping the arena",
     "mapping guest RAM for itself",
@@ -51,6 +51,7 @@ pub(crate) const STEPS: [&str; 15] = [
     "installing signal handlers",
     "giving up privileges",
     "forbidding core dumps",
+    "taking a protection key and the code that loads PKRU out of its program",
     "catching system calls of guest code (syscall user dispatch, Linux 5.11)",
     "starting its mapper",
     "installing its seccomp filter",
@@ -93,7 +94,7 @@ fn cell_named(value: &[u8]) -> Option<u64> {
 /// A step failed, errno says why.
 pub(super) struct Refused;
 
-fn check(fine: bool) -> Result<(), Refused> {
+pub(super) fn check(fine: bool) -> Result<(), Refused> {
     if fine { Ok(()) } else { Err(Refused) }
 }
 
@@ -170,6 +171,12 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
     // SAFETY: setrlimit reads `none`.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } == 0)?;
     *step = 11;
+    // SAFETY: the arena is mapped.
+    let keyed = unsafe { (*a).keyed.load(Acquire) } != 0;
+    if keyed {
+        keys::set_up()?;
+    }
+    *step = 12;
     // Let CPUID raise #GP where the CPU can do that; no failure where it cannot.
     // SAFETY: touches no memory; nothing here executes CPUID any more.
     let faults = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_CPUID_SET, 0u64) } == 0;
@@ -191,7 +198,7 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
         (*a).gate_entry.store(entry, Release);
         (*a).exit.kind.store(exit_kind::READY, Release);
     }
-    *step = 12;
+    *step = 13;
     if confined {
         // SAFETY: the runtime's stack is used first by `subring_rc_leave`.
         check(unsafe { mapper::start(cell) })?;
@@ -199,9 +206,13 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
         // SAFETY: closes descriptors nothing in this thread uses any more.
         check(unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0)?;
     }
-    *step = 13;
-    install_filter(OWN_FILTER)?;
     *step = 14;
+    if keyed {
+        install_keyed_filter()?
+    } else {
+        install_filter(OWN_FILTER)?
+    }
+    *step = 15;
     // SAFETY: as above.
     unsafe { (*a).setup_step.store(*step, Release) };
     Ok(())
@@ -234,6 +245,18 @@ fn low_half_is_empty() -> Result<(), Refused> {
     }
 }
 
+/// `struct sigaction` as the kernel has it (arch/x86/include/uapi/asm/signal.h).
+#[repr(C)]
+struct KernelSigaction {
+    handler: u64,
+    flags: u64,
+    restorer: u64,
+    mask: u64,
+}
+
+/// The flag that there is a restorer.
+const SA_RESTORER: u64 = 0x0400_0000;
+
 fn install_handlers() -> Result<(), Refused> {
     let signals = [
         libc::SIGSEGV,
@@ -245,18 +268,41 @@ fn install_handlers() -> Result<(), Refused> {
         KICK_SIGNAL,
         GUARD_SIGNAL,
     ];
-    // SAFETY: all-zero is a valid sigaction and an empty mask; the handler is a valid signal handler for this process.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = signal_entry_address();
-        // NODEFER and the empty mask: handlers are left without sigreturn, so there must be no mask to restore.
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-        libc::sigemptyset(&raw mut action.sa_mask);
-        for signal in signals {
-            check(libc::sigaction(signal, &raw const action, std::ptr::null_mut()) == 0)?;
-        }
-        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const action.sa_mask, std::ptr::null_mut()) == 0)
+    // NODEFER and the empty mask: handlers are left without sigreturn, so there must be no mask to restore.
+    let action = KernelSigaction {
+        handler: signal_entry_address() as u64,
+        flags: (libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER) as u64 | SA_RESTORER,
+        restorer: restorer_address(),
+        mask: 0,
+    };
+    let none = std::ptr::null_mut::<KernelSigaction>();
+    for signal in signals {
+        // SAFETY: the kernel reads `action`, whose handler is a valid one for this process.
+        let r = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, none, 8usize) };
+        check(r == 0)?;
     }
+    // SAFETY: all-zero is the empty mask.
+    unsafe {
+        let empty: libc::sigset_t = std::mem::zeroed();
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()) == 0)
+    }
+}
+
+/// Installs the filter of a keyed world, with what only the world itself knows in front of it.
+fn install_keyed_filter() -> Result<(), Refused> {
+    const MOST: usize = keys::GUARD_LEN + FILTER_MAX;
+    let a = arena();
+    // SAFETY: the arena is mapped.
+    let len = unsafe { &(*a).filter_len }.first().map_or(0, |len| len.load(Acquire)) as usize;
+    check(len > 0 && len <= FILTER_MAX)?;
+    let mut program = [0u64; MOST];
+    let (guard, rest) = program.split_at_mut(keys::GUARD_LEN);
+    guard.copy_from_slice(&keys::guard());
+    for (i, word) in rest.iter_mut().enumerate().take(len) {
+        // SAFETY: i < FILTER_MAX: inside the arena's first filter, which nobody writes any more.
+        *word = unsafe { (&raw const (*a).filters).cast::<u64>().add(i).read_volatile() };
+    }
+    install_program(program.as_mut_ptr(), keys::GUARD_LEN + len)
 }
 
 /// Installs one of the filters in the arena for the calling thread.
@@ -267,13 +313,17 @@ pub(super) fn install_filter(which: usize) -> Result<(), Refused> {
     let len = lengths.get(which).map_or(0, |len| len.load(Acquire));
     check(len > 0 && len as usize <= FILTER_MAX)?;
     let filters = ARENA_VA as usize + offset_of!(Arena, filters);
-    let program = libc::sock_fprog {
-        len: len as u16,
-        filter: std::ptr::with_exposed_provenance_mut(filters + which * size_of::<[u64; FILTER_MAX]>()),
-    };
+    let filter: *mut u64 =
+        std::ptr::with_exposed_provenance_mut(filters + which * size_of::<[u64; FILTER_MAX]>());
+    install_program(filter, len as usize)
+}
+
+/// Installs the filter of `len` BPF instructions at `filter` for the calling thread.
+fn install_program(filter: *mut u64, len: usize) -> Result<(), Refused> {
+    let program = libc::sock_fprog { len: len as u16, filter: filter.cast() };
     // SPEC_ALLOW: before Linux 5.16 a filter would switch on speculation controls that slow the guest down; what they
     // protect is this process's memory from itself.
-    // SAFETY: the kernel reads `program` and the filter in the arena.
+    // SAFETY: the kernel reads `program` and the filter.
     let r = unsafe {
         libc::syscall(
             libc::SYS_seccomp,

@@ -14,6 +14,7 @@ use seccompiler::{
 };
 
 use super::arena::{ARENA_FD, ORDERS_FD, RAM_FD, WINDOWS_VA};
+use super::keys::USER_KEY;
 use super::rc_window::{FRAMES_SIZE, UFFD, UFFDIO_CONTINUE, UFFDIO_REGISTER};
 
 const FOUR_GIB: u64 = 1 << 32;
@@ -23,6 +24,8 @@ const FOUR_GIB: u64 = 1 << 32;
 pub(crate) struct Filters {
     /// For worlds that change their mappings themselves.
     pub(crate) plain: Vec<u64>,
+    /// For keyed ones, which put [`super::keys::guard`] in front.
+    pub(crate) keyed: Vec<u64>,
     /// For confined ones.
     pub(crate) confined: Vec<u64>,
     /// For their mappers.
@@ -38,7 +41,13 @@ pub(crate) fn filters() -> io::Result<Filters> {
         program.iter().map(|i| word(i.code, i.jt, i.jf, i.k)).collect()
     };
     let compiled = |rules: Result<Rules, _>| rules.and_then(compile).map(words).map_err(io::Error::other);
-    Ok(Filters { plain: compiled(plain())?, confined: compiled(confined())?, mapper: compiled(mapper())? })
+    let keyed = plain().and_then(with_keys);
+    Ok(Filters {
+        plain: compiled(plain())?,
+        keyed: compiled(keyed)?,
+        confined: compiled(confined())?,
+        mapper: compiled(mapper())?,
+    })
 }
 
 type Rules = BTreeMap<libc::c_long, Vec<SeccompRule>>;
@@ -94,6 +103,14 @@ fn mapper() -> Result<Rules, seccompiler::BackendError> {
         (libc::SYS_pwrite64, vec![SeccompRule::new(vec![orders])?]),
         (libc::SYS_modify_ldt, vec![write_ldt()?]),
     ]))
+}
+
+/// The same, and mappings may be given the key of ring 3.
+fn with_keys(mut rules: Rules) -> Result<Rules, seccompiler::BackendError> {
+    let mut give = low()?;
+    give.push(SeccompCondition::new(3, Dword, SeccompCmpOp::Eq, u64::from(USER_KEY))?);
+    rules.insert(libc::SYS_pkey_mprotect, vec![SeccompRule::new(give)?]);
+    Ok(rules)
 }
 
 fn plain() -> Result<Rules, seccompiler::BackendError> {

@@ -17,6 +17,7 @@ mod entry;
 mod fill;
 mod init;
 mod jail;
+pub mod keys;
 mod mapper;
 mod orders;
 mod rc;
@@ -51,7 +52,7 @@ use arena::{
     ARENA_FD, ARENA_VA, Arena, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, MAPPERS_FILTER, OWN_FILTER,
     RAM_FD, Word, exit_kind, op, request, turn,
 };
-pub use arena::{GATE, GATE_REASON, SHIM_SAVE};
+pub use arena::{GATE, GATE_REASON, SHIM_SAVE, TRANSIT};
 pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
 use jail::Filters;
@@ -150,6 +151,12 @@ impl RawEngine {
         self.spawn(Kind::Plain)
     }
 
+    /// Makes a keyed world, see [`keys`]: one whose code of guest ring 3 reaches only what is mapped for ring 3
+    /// ([`Prot::USER`]), even in 64-bit mode. [`keys::refusal`] says where that cannot be.
+    pub fn spawn_keyed(&self) -> Result<RawWorld, WorldError> {
+        self.spawn(Kind::Keyed)
+    }
+
     /// The same, one that may enter confined worlds by itself if told so.
     pub fn spawn_master(&self) -> Result<RawWorld, WorldError> {
         self.spawn(Kind::Master)
@@ -188,6 +195,7 @@ impl RawEngine {
             _ => (ArenaMap::new().map_err(host(failed))?, None, None),
         };
         let fits = match cell {
+            None if kind == Kind::Keyed => arena.set_filter(OWN_FILTER, &engine.filters.keyed),
             None => arena.set_filter(OWN_FILTER, &engine.filters.plain),
             Some(_) => {
                 arena.set_filter(OWN_FILTER, &engine.filters.confined)
@@ -200,6 +208,7 @@ impl RawEngine {
         arena.set(Word::MONITOR_PID, std::process::id());
         arena.set(Word::TRAP_TSC, u32::from(engine.trap_tsc.load(Ordering::Relaxed)));
         arena.set(Word::CONFINED, u32::from(cell.is_some()));
+        arena.set(Word::KEYED, u32::from(kind == Kind::Keyed));
         arena.set(Word::MASTER, u32::from(kind == Kind::Master));
         if cell.is_none() {
             arena.set_ram_pages(u32::try_from(engine.ram.size() >> 12).unwrap_or(u32::MAX));
@@ -229,6 +238,7 @@ impl RawEngine {
             finished: false,
             answered: 0,
             mapper: None,
+            keyed: kind == Kind::Keyed,
             cell,
             entered: None,
             prepared: 0,
@@ -258,6 +268,7 @@ impl RawEngine {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Plain,
+    Keyed,
     Master,
     /// In this cell.
     Confined(usize),
@@ -300,6 +311,7 @@ pub struct RawWorld {
     answered: u32,
     /// The mapper's thread id, of a confined world.
     mapper: Option<libc::pid_t>,
+    keyed: bool,
     /// The number of a confined world's cell.
     cell: Option<usize>,
     /// The cell of the confined world this one may enter by itself.
@@ -588,6 +600,11 @@ impl RawWorld {
         Ok(())
     }
 
+    /// What a world is told of the rights of a mapping.
+    fn prot(&self, prot: Prot) -> u32 {
+        host_prot(prot) | if self.keyed && prot.contains(Prot::USER) { rc::FOR_RING3 } else { 0 }
+    }
+
     fn range(at: WorldLin, len: u32) -> Result<(), WorldError> {
         let fine = len > 0
             && len.is_multiple_of(4096)
@@ -652,7 +669,7 @@ impl World for RawWorld {
         self.process.arena.show(at.0 >> 12, len >> 12, if data { Shown::Data } else { Shown::Other });
         self.take_back();
         let c =
-            Command { op: op::MAP, a: at.0, b: len, c: host_prot(prot), d: fd as u32, reserved: 0, offset };
+            Command { op: op::MAP, a: at.0, b: len, c: self.prot(prot), d: fd as u32, reserved: 0, offset };
         if let Some(last) = self.commands.last_mut()
             && (last.op, last.c, last.d) == (c.op, c.c, c.d)
             && last.a.checked_add(last.b) == Some(c.a)
@@ -731,6 +748,21 @@ impl World for RawWorld {
         self.vcpu_write(GATE + 4, 0x33);
         self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
         self.process.arena.show(stub.0 >> 12, 1, Shown::Other);
+        if self.keyed {
+            let transit = WorldLin(vcpu.0.wrapping_add(TRANSIT));
+            RawWorld::range(transit, 4096)?;
+            self.process.arena.set_transit(transit.0);
+            self.process.arena.show(transit.0 >> 12, 1, Shown::Other);
+            self.push(Command {
+                op: op::MAP,
+                a: transit.0,
+                b: 4096,
+                c: self.prot(Prot::READ | Prot::WRITE | Prot::USER),
+                d: ARENA_FD as u32,
+                reserved: 0,
+                offset: self.process.arena.start() + arena::TRANSIT_OFFSET as u64,
+            })?;
+        }
         self.push(Command {
             op: op::MAP,
             a: stub.0,

@@ -4,13 +4,13 @@
 //! its own system calls, and touches only the arena. Everything it needs lies above 8 GiB, where the jail forbids to
 //! change mappings.
 
-use std::arch::asm;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn};
-use super::entry::subring_rc_resume;
+use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, turn, vcpu_word};
+use super::entry::{self, subring_rc_resume};
 use super::fill::NO_FAULT;
-use super::{rc_doze, rc_quick, rc_window};
+use super::rc_deliver::CPL;
+use super::{keys, rc_doze, rc_quick, rc_window};
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -35,13 +35,8 @@ pub(crate) fn arena() -> *mut Arena {
 /// # Safety
 /// As the system call demands.
 pub(crate) unsafe fn syscall(nr: i64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
-    let r: i64;
-    // SAFETY: the kernel's x86-64 convention; what the call does to memory is the caller's promise.
-    unsafe {
-        asm!("syscall", inlateout("rax") nr => r, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
-            in("r9") f, lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    r
+    // SAFETY: what the call does to memory is the caller's promise.
+    unsafe { entry::syscall(nr, a, b, c, d, e, f) }
 }
 
 /// Ends the world.
@@ -86,6 +81,11 @@ pub(crate) unsafe extern "C" fn serve() -> ! {
         }
         // SAFETY: as above.
         unsafe { (*a).fill.last.store(NO_FAULT, Relaxed) };
+        // SAFETY: as above.
+        unsafe {
+            let ring3 = vcpu_word(a, CPL).load(Relaxed) == 3;
+            (*a).pkru.store(if ring3 { keys::USER_PKRU } else { keys::KERNEL_PKRU }, Relaxed);
+        }
         // SAFETY: as above, and the world has the turn.
         unsafe { rc_doze::enter(a) };
         // SAFETY: we are in a world on the runtime's stack; the state comes from the monitor and a fault while
@@ -116,9 +116,19 @@ fn carry_out() -> bool {
     fine
 }
 
+/// Among the PROT_* of a mapping: the page is ring 3's, of a keyed world.
+pub(crate) const FOR_RING3: u32 = 1 << 16;
+
 /// Maps `len` bytes of one of the world's descriptors at `at`; negative: the errno.
 pub(crate) fn map(at: u32, len: u32, prot: u32, fd: u32, offset: u64) -> i64 {
     map_with(populate(len), (at, len), prot, fd, offset)
+}
+
+/// Gives a range the key of ring 3.
+fn give_key(at: u32, len: u32, prot: u32) -> i64 {
+    let (at, len, prot, key) = (u64::from(at), u64::from(len), u64::from(prot), u64::from(keys::USER_KEY));
+    // SAFETY: changes guest mappings below 4 GiB only (the jail enforces it).
+    unsafe { syscall(libc::SYS_pkey_mprotect, at, len, prot, key, 0, 0) }
 }
 
 /// The flag of mmap that a mapping of `len` bytes is made with.
@@ -126,17 +136,20 @@ pub(crate) fn populate(len: u32) -> i32 {
     if len <= POPULATE_UP_TO { libc::MAP_POPULATE } else { 0 }
 }
 
-/// Maps `len` writable bytes of one of the world's descriptors at `at`, without entering a page in the page tables.
-pub(crate) fn reserve(at: u32, len: u32, fd: u32, offset: u64) -> bool {
-    map_with(0, (at, len), (libc::PROT_READ | libc::PROT_WRITE) as u32, fd, offset) >= 0
+/// Maps `len` writable bytes of one of the world's descriptors at `at`, without entering a page in the page tables; `more` may be
+/// [`FOR_RING3`].
+pub(crate) fn reserve(at: u32, len: u32, fd: u32, offset: u64, more: u32) -> bool {
+    map_with(0, (at, len), (libc::PROT_READ | libc::PROT_WRITE) as u32 | more, fd, offset) >= 0
 }
 
 fn map_with(flags: i32, (at, len): (u32, u32), prot: u32, fd: u32, offset: u64) -> i64 {
     rc_window::windows().forget(at >> 12, len >> 12);
-    let flags = flags | libc::MAP_SHARED | libc::MAP_FIXED;
-    let (at, len, prot, fd) = (u64::from(at), u64::from(len), u64::from(prot), u64::from(fd));
+    let flags = (flags | libc::MAP_SHARED | libc::MAP_FIXED) as u64;
+    let rights = prot & !FOR_RING3;
+    let (first, bytes) = (u64::from(at), u64::from(len));
     // SAFETY: replaces guest mappings below 4 GiB only (the jail enforces it), where nothing of ours lives.
-    unsafe { syscall(libc::SYS_mmap, at, len, prot, flags as u64, fd, offset) }.min(0)
+    let r = unsafe { syscall(libc::SYS_mmap, first, bytes, u64::from(rights), flags, u64::from(fd), offset) };
+    if prot & FOR_RING3 == 0 || r < 0 { r.min(0) } else { give_key(at, len, rights) }
 }
 
 /// Removes what is mapped in `len` bytes at `at`; negative: the errno.

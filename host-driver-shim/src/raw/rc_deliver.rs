@@ -318,8 +318,11 @@ impl RawSide {
     }
     /// The world goes on with these registers.
     pub(super) fn go_on(&self, regs: HwRegs) {
-        // SAFETY: by the contract of `begin`: while the world has the turn only we touch its registers.
-        unsafe { (&raw mut (*self.a).regs).write_volatile(regs) };
+        // SAFETY: by the contract of `begin`: while the world has the turn only we touch its registers. They are ring 0's.
+        unsafe {
+            (&raw mut (*self.a).regs).write_volatile(regs);
+            (*self.a).pkru.store(super::keys::KERNEL_PKRU, Relaxed);
+        }
     }
     /// Counts a page fault of the guest's, and notes which page ring 3 will want when its handler has answered.
     pub(super) fn has_delivered(&self, fault: &PageFault, from_ring3: bool) {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
 use super::fill::{FillArea, LOG, NO_FAULT, Note, is_set, note, put};
-use super::rc::map;
+use super::rc::{FOR_RING3, map};
 use super::rc_walk::{Access, Page, Tables, is_absent, prefetch, refusal, right, walk};
 use super::rc_window;
 use crate::world::{FillMode, FillRules};
@@ -109,6 +109,20 @@ pub(crate) unsafe fn answer(a: *mut Arena, cr2: u32, error: u32, cs: u16) -> Ans
     if unsafe { fill(a, cr2, error, cs) } { Answer::Filled } else { Answer::Monitors }
 }
 
+/// Whether ring 3 may execute the instruction at guest linear `eip`, as far as the guest's tables say.
+///
+/// # Safety
+/// As [`answer`].
+pub(crate) unsafe fn ring3_may_run(a: *mut Arena, eip: u32) -> bool {
+    // SAFETY: by contract; everything in the fill area but the rules is atomic.
+    let (rules, ram) = unsafe {
+        let area = &raw const (*a).fill;
+        ((&raw const (*area).rules).read_volatile(), Ram { pages: (*area).ram_pages.load(Relaxed) })
+    };
+    !rules.mode.contains(FillMode::ENABLED)
+        || refusal(&ram, &rules, eip, Access { write: false, user: true, fetch: true }).is_none()
+}
+
 /// Fills a miss of the data shadow; false if it cannot.
 ///
 /// # Safety
@@ -196,11 +210,13 @@ pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) 
     if large && let Some(w) = large_regions.get((lin >> 26) as usize) {
         w.store(w.load(Relaxed) | 1 << (lin >> 21 & 31), Relaxed);
     }
-    let mut runs = Runs { log, noted, present, run: None, map };
+    let mut runs = Runs { log, noted, present, rules, run: None, map };
     let mut fine = runs.have_room();
     let may_write =
         |rights: u32| rights & right::WRITABLE != 0 || !user && !rules.mode.contains(FillMode::WP);
-    if fine && is_refill && write && !large && may_write(page.rights) {
+    // All windows of a keyed world are ring 3's.
+    let keyed_alike = !rules.mode.contains(FillMode::KEYS) || page.rights & right::USER != 0;
+    if fine && is_refill && write && !large && keyed_alike && may_write(page.rights) {
         let (at, pfn) = (cr2 >> 12, (page.frame >> 12) as u32);
         // Where the guest has something already, it is mapped when it is accessed.
         let free = |p: u32| {
@@ -208,7 +224,7 @@ pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) 
                 && !place.is_taken(p)
                 && is_absent(ram, rules, (p << 12).wrapping_sub(rules.delta))
         };
-        if rc_window::windows().let_in(at, pfn, present, free) {
+        if rc_window::windows().let_in((at, pfn, key_of(rules, page.rights)), present, free) {
             put(present, at, 1, true);
             runs.note(at, 1, page.frame >> 12, (page.rights | right::HOST_WRITE) as u8);
             answered.store(answered.load(Relaxed).wrapping_add(1), Relaxed);
@@ -242,6 +258,11 @@ pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) 
     fine
 }
 
+/// What is added to the PROT_* of a page with these rights.
+fn key_of(rules: &FillRules, rights: u32) -> u32 {
+    if rules.mode.contains(FillMode::KEYS) && rights & right::USER != 0 { FOR_RING3 } else { 0 }
+}
+
 /// Which world pages are not the guest's data's.
 pub(crate) struct Places<'a> {
     pub(crate) rules: &'a FillRules,
@@ -260,6 +281,8 @@ struct Run {
     pfn: u64,
     pages: u32,
     writes: bool,
+    /// The key its pages get: 0, or [`FOR_RING3`].
+    key: u32,
     /// Rights of each page; of a large page (they are all the same) the first only.
     rights: [u8; AROUND as usize],
 }
@@ -268,6 +291,7 @@ struct Runs<'a> {
     log: &'a [Note; LOG],
     noted: &'a AtomicU32,
     present: &'a super::fill::Bitmap,
+    rules: &'a FillRules,
     run: Option<Run>,
     map: Map<'a>,
 }
@@ -282,10 +306,11 @@ impl Runs<'_> {
     fn add(&mut self, at: u32, page: Option<(u64, u32)>) -> bool {
         let Some((pfn, rights)) = page else { return self.finish() };
         let writes = rights & right::HOST_WRITE != 0;
+        let key = key_of(self.rules, rights);
         if let Some(run) = &mut self.run
             && run.at.wrapping_add(run.pages) == at
             && run.pfn.wrapping_add(u64::from(run.pages)) == pfn
-            && run.writes == writes
+            && (run.writes, run.key) == (writes, key)
         {
             if let Some(r) = run.rights.get_mut(run.pages as usize) {
                 *r = rights as u8;
@@ -298,7 +323,7 @@ impl Runs<'_> {
         if let Some(r) = all.first_mut() {
             *r = rights as u8;
         }
-        self.run = Some(Run { at, pfn, pages: 1, writes, rights: all });
+        self.run = Some(Run { at, pfn, pages: 1, writes, key, rights: all });
         fine
     }
 
@@ -309,7 +334,7 @@ impl Runs<'_> {
             return false;
         }
         let prot = libc::PROT_READ | if run.writes { libc::PROT_WRITE } else { 0 };
-        if !(self.map)(run.at, run.pages, prot as u32, run.pfn) {
+        if !(self.map)(run.at, run.pages, prot as u32 | run.key, run.pfn) {
             return false;
         }
         put(self.present, run.at, run.pages, true);

@@ -128,9 +128,14 @@ impl Windows {
         }
     }
 
-    /// Shows frame `pfn`, writable, in a page: from the window that has it there, or else from a new one. False: the caller
+    /// Shows frame `pfn`, writable, in a page (`more`: as for [`rc::reserve`], the same for all windows): from the window that has it there, or else from a new one. False: the caller
     /// is to map it. `free` says which pages may belong to a new window, `present` which have a mapping of guest RAM.
-    pub(crate) fn let_in(&self, page: u32, pfn: u32, present: &Bitmap, free: impl Fn(u32) -> bool) -> bool {
+    pub(crate) fn let_in(
+        &self,
+        (page, pfn, more): (u32, u32, u32),
+        present: &Bitmap,
+        free: impl Fn(u32) -> bool,
+    ) -> bool {
         if self.enabled.load(Relaxed) == 0 {
             return false;
         }
@@ -143,13 +148,13 @@ impl Windows {
             return false;
         }
         let pages = 1 + (1..WINDOW).take_while(|i| free(page.wrapping_add(*i))).count() as u32;
-        pages > 1 && self.open(page, pfn, pages, present) && continue_at(page)
+        pages > 1 && self.open((page, pfn, more), pages, present) && continue_at(page)
     }
 
     /// Makes a window, with nothing let in.
-    fn open(&self, page: u32, pfn: u32, pages: u32, present: &Bitmap) -> bool {
+    fn open(&self, (page, pfn, more): (u32, u32, u32), pages: u32, present: &Bitmap) -> bool {
         self.close_oldest(present);
-        if !rc::reserve(page << 12, pages << 12, RAM_FD as u32, u64::from(pfn) << 12) {
+        if !rc::reserve(page << 12, pages << 12, RAM_FD as u32, u64::from(pfn) << 12, more) {
             return false;
         }
         // struct uffdio_register: start, len, mode, ioctls.

@@ -8,10 +8,12 @@
 use std::arch::asm;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use super::arena::{Arena, GATE, exit_kind};
+use super::arena::{Arena, GATE, TRANSIT_WAY, exit_kind};
 use super::entry::{
-    bad_state_address, resume_range, return_range, subring_rc_leave, subring_rc_resume, subring_rc_return,
+    Way, bad_state_address, forged_address, interrupted_way, resume_range, return_range, subring_rc_leave,
+    subring_rc_resume, subring_rc_return,
 };
+use super::keys::{self, PF_KEY};
 use super::long_gate;
 use super::rc::{arena, death, die};
 use super::rc_access;
@@ -60,6 +62,16 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
     let arena = arena();
     let mut signal = signal;
     let csgsfs = greg(gregs, libc::REG_CSGSFS) as u64;
+    // SAFETY: as above: `fpregs` points to the frame's XSAVE area.
+    let pkru = unsafe {
+        let fp = (*uc).uc_mcontext.fpregs.cast();
+        ((*arena).keyed.load(Relaxed) != 0).then(|| keys::of_frame(fp, arena))
+    };
+    let ring3 = pkru.is_some_and(keys::is_ring3);
+    if csgsfs & 0xffff != CS64 {
+        // SAFETY: in a world the arena is mapped and its words are atomics.
+        unsafe { (*arena).pkru.store(if ring3 { keys::USER_PKRU } else { keys::KERNEL_PKRU }, Relaxed) };
+    }
     if signal == GUARD_SIGNAL {
         // SAFETY: `arena` is the mapped arena; the frame is live. In guest code the world has the turn.
         unsafe {
@@ -75,14 +87,35 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
         signal = KICK_SIGNAL;
     }
     if csgsfs & 0xffff == CS64 {
+        if pkru.is_some() {
+            let rip = greg(gregs, libc::REG_RIP) as u64;
+            // SAFETY: the arena is mapped.
+            let way = unsafe { interrupted_way(rip, ring3, arena) };
+            if let (KICK_SIGNAL, Some(way)) = (signal, way) {
+                // SAFETY: the frame is live, and so is what was to be loaded that way.
+                unsafe {
+                    save_way(gregs, way, (*uc).uc_mcontext.fpregs.cast(), arena);
+                    (*arena).exit.kind.store(exit_kind::KICK, Release);
+                    subring_rc_leave();
+                }
+            }
+            if ring3 || rip == forged_address() {
+                die(death::ESCAPED);
+            }
+        }
         in_runtime(signal, code, gregs, arena);
         return;
     }
     // SAFETY: `arena` is the mapped arena; the frame is live; we are on the signal stack, which nobody needs after this.
     unsafe {
         // SIGBUS: a page of a window that was not let in.
-        if matches!(signal, libc::SIGSEGV | libc::SIGBUS) && code > 0 && may_answer(gregs, csgsfs, arena) {
-            let (cr2, error) = (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32);
+        if matches!(signal, libc::SIGSEGV | libc::SIGBUS)
+            && code > 0
+            && may_answer(gregs, csgsfs, arena)
+            && pkru.is_none_or(|_| may_answer_keyed(gregs, csgsfs, ring3, arena))
+        {
+            let (cr2, error) =
+                (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32 & !PF_KEY);
             let [es, ds, ..] = data_selectors();
             if signal == libc::SIGSEGV
                 && error & PF_FETCH == 0
@@ -105,7 +138,9 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                 Answer::Monitors => {}
             }
         }
-        if signal == libc::SIGSEGV && code > 0 && greg(gregs, libc::REG_TRAPNO) == GENERAL_PROTECTION {
+        let sure = pkru.is_none_or(|_| is_rings_code(csgsfs, ring3, arena));
+        if sure && signal == libc::SIGSEGV && code > 0 && greg(gregs, libc::REG_TRAPNO) == GENERAL_PROTECTION
+        {
             let word = |index| greg(gregs, index) as u32;
             let (eip, flags) = (word(libc::REG_RIP), word(libc::REG_EFL));
             let (leaf, subleaf) = (word(libc::REG_RAX), word(libc::REG_RCX));
@@ -129,8 +164,13 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
             _ => {
                 let vector = greg(gregs, libc::REG_TRAPNO) as u32;
                 exit.vector.store(vector, Relaxed);
-                exit.error_code.store(greg(gregs, libc::REG_ERR) as u32, Relaxed);
-                exit.cr2.store(if vector == 14 { greg(gregs, libc::REG_CR2) as u32 } else { 0 }, Relaxed);
+                let error = greg(gregs, libc::REG_ERR) as u32;
+                let (hidden, cr2) = match vector {
+                    14 => (PF_KEY, greg(gregs, libc::REG_CR2) as u32),
+                    _ => (0, 0),
+                };
+                exit.error_code.store(error & !hidden, Relaxed);
+                exit.cr2.store(cr2, Relaxed);
                 exit_kind::FAULT
             }
         };
@@ -162,6 +202,61 @@ unsafe fn may_answer(gregs: &[i64; 23], csgsfs: u64, arena: *const Arena) -> boo
     // Every descriptor of the LDT is one of ours.
     let ours = |s: u16| s & !3 == 0 || s & 4 != 0;
     user_cs == 0 || user_cs != csgsfs as u32 & 0xffff || [es, ds, fs, gs, ss].into_iter().all(ours)
+}
+
+/// In a keyed world: the code segment is the one of the ring that PKRU says is running.
+///
+/// # Safety
+/// `arena` is the mapped arena.
+unsafe fn is_rings_code(csgsfs: u64, ring3: bool, arena: *const Arena) -> bool {
+    // SAFETY: by contract; the monitor writes it only when it has the turn.
+    let user_cs = unsafe { (&raw const (*arena).fill.rules.user_cs).read_volatile() };
+    ring3 == (user_cs != 0 && user_cs == csgsfs as u32 & 0xffff)
+}
+
+/// What [`may_answer`] is for joint worlds, in a keyed one: besides, ring 3 may run what it runs.
+///
+/// # Safety
+/// As [`may_answer`].
+unsafe fn may_answer_keyed(gregs: &[i64; 23], csgsfs: u64, ring3: bool, arena: *mut Arena) -> bool {
+    // SAFETY: by contract.
+    unsafe {
+        is_rings_code(csgsfs, ring3, arena)
+            && (!ring3 || rc_fill::ring3_may_run(arena, greg(gregs, libc::REG_RIP) as u32))
+    }
+}
+
+/// Copies the guest's state from where it lies while a keyed world is about to enter guest code.
+///
+/// # Safety
+/// As [`save_guest`]; `gregs` are the runtime's then.
+unsafe fn save_way(gregs: &mut [i64; 23], way: Way, fp: *const u8, arena: *mut Arena) {
+    // SAFETY: by contract: both ways are in the arena. What ring 3 can write there is about its own registers.
+    let way = unsafe {
+        match way {
+            Way::Kernel => (&raw const (*arena).kernel_way).cast::<[u64; 7]>(),
+            Way::User => (&raw const (*arena).transit).cast::<u8>().add(TRANSIT_WAY).cast::<[u64; 7]>(),
+        }
+        .read_volatile()
+    };
+    let [eip, cs, flags, esp, ss, ax_cx, dx_di] = way;
+    let (low, high) = (|x: u64| i64::from(x as u32), |x: u64| (x >> 32) as i64);
+    let put = [
+        (libc::REG_RIP, low(eip)),
+        (libc::REG_EFL, low(flags)),
+        (libc::REG_RSP, low(esp)),
+        (libc::REG_RAX, low(ax_cx)),
+        (libc::REG_RCX, high(ax_cx)),
+        (libc::REG_RDX, low(dx_di)),
+        (libc::REG_RDI, high(dx_di)),
+    ];
+    for (register, value) in put {
+        if let Some(slot) = gregs.get_mut(register as usize) {
+            *slot = value;
+        }
+    }
+    // SAFETY: by contract.
+    unsafe { save_guest(gregs, cs & 0xffff | (ss & 0xffff) << 48, fp, arena) };
 }
 
 /// What `subring_rc_return` calls when a kick came before it was back in guest code: leaves for the monitor instead.

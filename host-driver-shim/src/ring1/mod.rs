@@ -185,6 +185,7 @@ impl Ring1Engine {
             code_ring3: monitor::USER_CS,
             hole: monitor::REGION,
             readable_code: false,
+            keys: false,
             pages: true,
             int_faults: true,
         }

@@ -131,14 +131,13 @@ pub(crate) fn call_jump(at: u32, next: u32) -> Vec<u8> {
 }
 
 /// 64-bit code that finds a `syscall` instruction of the runtime by way of the gate stub and jumps to it. The stub is
-/// `mov [moffs64], eax` (9 bytes), `mov rax, imm64`, `jmp [rax]`; the compiler puts the runtime's functions before its
-/// assembly, so the search goes downwards from there.
+/// `mov [moffs64], eax` (9 bytes), `mov rax, imm64`, `jmp [rax]`, and the runtime makes its system calls behind where that goes.
 pub(crate) fn runtime_syscall(nr: u32) -> Vec<u8> {
     let mut c = vec![0xb9];
     c.extend(STUB.to_le_bytes()); // mov ecx, STUB
     c.extend([0x48, 0x8b, 0x49, 11]); // mov rcx, [rcx+11]
     c.extend([0x48, 0x8b, 0x09]); // mov rcx, [rcx]
-    c.extend([0x48, 0xff, 0xc9]); // 1: dec rcx
+    c.extend([0x48, 0xff, 0xc1]); // 1: inc rcx
     c.extend([0x66, 0x81, 0x39, 0x0f, 0x05]); // cmp word [rcx], 0x050f
     c.extend([0x75, 0xf6]); // jne 1b
     c.push(0xb8);

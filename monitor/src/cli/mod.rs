@@ -156,8 +156,10 @@ enum IsolationArg {
     Limits,
     /// By limits of code segments, too: stray jumps fault where they land; programs are some 10 % slower
     LimitsCode,
-    /// By worlds of their own: withstands hostile guest users
+    /// Withstands hostile guest users: in one world by a memory protection key, or as worlds where the CPU has none
     Strict,
+    /// The same, always by worlds of their own
+    Worlds,
 }
 
 #[derive(Args)]
@@ -392,6 +394,7 @@ fn run_config(args: RunArgs, trace_variable: Option<&str>) -> Result<RunConfig, 
             IsolationArg::Limits => Isolation::Limits,
             IsolationArg::LimitsCode => Isolation::LimitsCode,
             IsolationArg::Strict => Isolation::Strict,
+            IsolationArg::Worlds => Isolation::Worlds,
         },
         engine: match args.engine {
             EngineArg::Auto => EngineChoice::Auto,

@@ -11,7 +11,7 @@ pub const VCPU: u32 = 0xffe0_0000;
 
 pub fn config() -> Config {
     let tramp_base = patm::good_bases(0xc1).next().unwrap();
-    Config { tramp_base, tramp_len: 16 << 20, vcpu_base: VCPU, count_inline: false, ring: 3 }
+    Config { tramp_base, tramp_len: 16 << 20, vcpu_base: VCPU, count_inline: false, ring: 3, keys: None }
 }
 
 /// Code at `BASE` and what a scan from its first byte found.

@@ -173,8 +173,11 @@ impl RawEngine {
                 }
             }
             Origin::Gate(_) => {
-                // The gate leaves no CS behind.
+                // The gate leaves no CS behind, and in a keyed world another SS.
                 regs.sel[seg::CS] = expected[seg::CS];
+                if self.descriptors.rules().keys {
+                    regs.sel[seg::SS] = self.kernels[number].world.vcpu_read(vp::SCRATCH_SS) as u16;
+                }
             }
             // Rolled back, or rolled forward: what the registers hold in the middle of a trampoline means nothing.
             Origin::Trampoline { .. } => regs.sel = expected,
@@ -208,7 +211,7 @@ impl RawEngine {
     /// segments have no limit.
     fn astray(&self, cpu: &CpuState, m: &mut Machine) -> Option<Trap> {
         let eip = GuestLin(cpu.eip);
-        self.boundary.filter(|b| !b.holds(eip))?;
+        self.boundary.filter(|b| self.descriptors.rules().keys || !b.holds(eip))?;
         let code = walk(m, cpu, eip, Access::fetch(Privilege::User)).err()?;
         Some(Trap::pf(code, eip.0))
     }

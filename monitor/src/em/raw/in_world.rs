@@ -22,12 +22,13 @@ fn rules(
     cpu: &CpuState,
     supervisor: bool,
     layout: &Layout,
-    user_cs: u16,
+    (user_cs, keys): (u16, bool),
     boundary: Option<Boundary>,
 ) -> FillRules {
     let mut mode = FillMode::empty();
     mode.set(FillMode::ENABLED, cpu.paging());
     mode.set(FillMode::SUPERVISOR, supervisor);
+    mode.set(FillMode::KEYS, keys && supervisor);
     mode.set(FillMode::WP, cpu.cr0 & cr0::WP != 0);
     mode.set(FillMode::PSE, cpu.cr4 & cr4::PSE != 0);
     mode.set(FillMode::PAE, cpu.cr4 & cr4::PAE != 0);
@@ -38,7 +39,7 @@ fn rules(
         let page = |lin: u32| layout.data(GuestLin(lin)).0 >> 12;
         let tramp = layout.code(GuestLin(layout.user_tramp())).0 >> 12;
         keep_out[0] = (page(layout.vcpu), 1);
-        keep_out[1] = (page(layout.gate), 1);
+        keep_out[1] = (page(layout.gate), 2);
         keep_out[2] = (tramp, (USER_TRAMP_LEN + TRAMP_LEN) >> 12);
         for (slot, base) in keep_out[3..].iter_mut().zip(USER_TRAMPS) {
             *slot = (layout.code(GuestLin(base)).0 >> 12, USER_TRAMP_LEN >> 12);
@@ -83,10 +84,10 @@ impl Space {
         &mut self,
         cpu: &CpuState,
         layout: &Layout,
-        user_cs: u16,
+        user: (u16, bool),
         boundary: Option<Boundary>,
     ) {
-        let rules = rules(cpu, self.supervisor(), layout, user_cs, boundary);
+        let rules = rules(cpu, self.supervisor(), layout, user, boundary);
         if self.fill_rules != Some(rules) {
             self.world.set_fill_rules(&rules);
             self.fill_rules = Some(rules);

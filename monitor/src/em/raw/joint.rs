@@ -1,6 +1,6 @@
 //! Which space the CPU's next instruction runs in.
 //!
-//! `--isolation strict`: one world for guest ring 0, and one with user pages only for each hot CR3 of guest ring 3.
+//! `--isolation worlds`: one world for guest ring 0, and one with user pages only for each hot CR3 of guest ring 3.
 //!
 //! `--isolation limits`: one world for each hot CR3 holds the guest's kernel and its users, as the hardware would have
 //! it. Ring 3 runs there with segments that end below the guest kernel (the *boundary*), so that system calls and their
@@ -10,6 +10,9 @@
 //! (`docs/decisions/0007-code-segments-are-whole.md`). Where limits cannot tell users from the
 //! kernel (kernel memory below the boundary, CR0.WP clear, segments that are not flat) ring 3 still gets a world of its
 //! own.
+//!
+//! `--isolation strict`: the same worlds, and users are kept from all that is not theirs by a memory protection key
+//! (`docs/decisions/0015-keyed-worlds.md`). Where the CPU has none it means `worlds`.
 //!
 //! Where the engine has rings of its own (`ring1`), the same worlds are kept apart by pages: what the guest gives its
 //! users are user pages there, everything else is the supervisor's, and segments need not end anywhere.
@@ -25,8 +28,10 @@ pub enum Isolation {
     Limits,
     /// By the limits of code segments, too: a jump into the guest kernel faults where it lands.
     LimitsCode,
-    /// By worlds of their own without the guest kernel: withstands hostile guest users.
+    /// So that hostile guest users are withstood: by a memory protection key in one world, or else by [`Isolation::Worlds`].
     Strict,
+    /// By worlds of their own without the guest kernel.
+    Worlds,
 }
 
 /// Address spaces that have a joint world as soon as they are used.
@@ -56,7 +61,7 @@ pub(super) enum Boundary {
 impl Boundary {
     /// What it is before ring 3 has run.
     pub(super) fn at_first(isolation: Isolation) -> Option<Boundary> {
-        (isolation == Isolation::Strict).then_some(Boundary::Worlds)
+        (isolation == Isolation::Worlds).then_some(Boundary::Worlds)
     }
     /// Where segments of ring 3 end.
     pub(super) fn limit(self) -> Option<u32> {
@@ -79,7 +84,7 @@ impl RawEngine {
     /// The space the CPU's next instruction runs in.
     pub(super) fn choose_space(&mut self, cpu: &CpuState, m: &mut Machine) -> Result<Place, RawError> {
         self.clock += 1;
-        if self.isolation == Isolation::Strict || !cpu.paging() {
+        if self.isolation == Isolation::Worlds || !cpu.paging() {
             if cpu.cpl != 3 {
                 self.kernels[0].role = Role::Supervisor;
                 return Ok(Place::Kernel(0));

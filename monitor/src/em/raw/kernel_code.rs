@@ -15,7 +15,7 @@ use crate::pgm::walk::peek;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, ScanReport};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
+use patm::{Config, Keys, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
 use std::collections::{BTreeSet, HashMap};
 
 /// What an unproven byte of the code view holds.
@@ -64,6 +64,7 @@ pub struct KernelCode {
     pub patm: Patm,
     count_inline: bool,
     ring: u8,
+    keys: Option<Keys>,
     pages: HashMap<u32, CodePage>,
     by_frame: HashMap<u32, Vec<u32>>,
     /// The memory of the patches' trampolines.
@@ -141,12 +142,13 @@ fn describe(patch: &Patch) -> String {
 impl KernelCode {
     /// An empty code view; `ring`: the hardware ring it is run in.
     #[must_use]
-    pub fn new(layout: Layout, count_inline: bool, ring: u8) -> KernelCode {
+    pub fn new(layout: Layout, count_inline: bool, ring: u8, keys: Option<Keys>) -> KernelCode {
         KernelCode {
             map: CodeMap::new(CodeSize::Bits32),
-            patm: Self::patm(&layout, count_inline, ring),
+            patm: Self::patm(&layout, count_inline, ring, keys),
             count_inline,
             ring,
+            keys,
             pages: HashMap::new(),
             by_frame: HashMap::new(),
             trampolines: Trampolines::default(),
@@ -162,13 +164,14 @@ impl KernelCode {
         }
     }
 
-    fn patm(layout: &Layout, count_inline: bool, ring: u8) -> Patm {
+    fn patm(layout: &Layout, count_inline: bool, ring: u8, keys: Option<Keys>) -> Patm {
         Patm::new(Config {
             tramp_base: layout.tramp,
             tramp_len: TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
             ring,
+            keys,
         })
     }
 
@@ -180,7 +183,7 @@ impl KernelCode {
         }
         self.trampolines.free(code);
         let (counts, changes) = (self.counts, self.changes + 1);
-        *self = KernelCode::new(layout, self.count_inline, self.ring);
+        *self = KernelCode::new(layout, self.count_inline, self.ring, self.keys);
         (self.counts, self.changes) = (counts, changes);
     }
 

@@ -1,6 +1,7 @@
 //! Where our own things lie in a world's 4 GiB: the code view, the trampolines, the vCPU page and the gate.
 
 use csam::GuestLin;
+use host_driver_shim::raw::TRANSIT;
 use host_driver_shim::world::WorldLin;
 
 /// The reservations of a world. They are ours to move: nothing in the guest knows them.
@@ -57,7 +58,7 @@ impl Layout {
             let apart = |at: u32, size: u32| at.wrapping_sub(first) >= len && first.wrapping_sub(at) >= size;
             *base < 0xc000_0000
                 && apart(self.delta.wrapping_sub(self.hole), self.hole)
-                && apart(place, 2 * 4096)
+                && apart(place, 3 * 4096)
                 && USER_TRAMPS.iter().all(|user| apart(*user, USER_TRAMP_LEN))
         };
         match patm::good_bases(top).find(fits) {
@@ -117,10 +118,15 @@ impl Layout {
     pub fn is_engines(&self, at: WorldLin) -> bool {
         self.delta.wrapping_sub(1).wrapping_sub(at.0) < self.hole
     }
+    /// The transit page of keyed worlds, as a guest data address: right behind the gate.
+    #[must_use]
+    pub fn transit(&self) -> u32 {
+        self.vcpu.wrapping_add(TRANSIT)
+    }
     /// A data access at `lin` would hit the vCPU page, the gate or the trampolines.
     #[must_use]
     pub fn reserved(&self, lin: GuestLin) -> bool {
         let page = lin.0 & !0xfff;
-        page == self.vcpu || page == self.gate || self.behind_trampolines(lin)
+        page == self.vcpu || page == self.gate || page == self.transit() || self.behind_trampolines(lin)
     }
 }

@@ -38,8 +38,8 @@ use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
-    Backing, HwRegs, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World, WorldError,
-    WorldExit, WorldLin,
+    Backing, HwRegs, KEYED_CODE, KEYED_DATA, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules,
+    World, WorldError, WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
 use joint::Boundary;
@@ -48,7 +48,7 @@ use joint::{FEW_JOINT_SPACES, MAX_JOINT_SPACES};
 use kernel_code::KernelCode;
 use layout::Layout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use patm::{Location, LongGate, ReasonKind, VcpuWords, vcpu_page as vp};
+use patm::{Keys, Location, LongGate, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
 use space::{Descriptors, For, Role, Space, Whose};
 use std::collections::{HashMap, VecDeque};
@@ -289,6 +289,30 @@ impl Worlds for raw::RawEngine {
     }
 }
 
+/// Worlds of `raw` in which ring 3 is kept from ring 0 by a protection key.
+pub struct Keyed(pub raw::RawEngine);
+
+impl Worlds for Keyed {
+    fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+        Ok(Box::new(self.0.spawn_keyed()?))
+    }
+    fn spawn_for_users(&self) -> Result<Box<dyn World>, WorldError> {
+        self.0.spawn_for_users()
+    }
+    fn long_gate(&self) -> Option<LongGate> {
+        Worlds::long_gate(&self.0)
+    }
+    fn set_cpu(&self, cpu: usize) {
+        self.0.set_cpu(cpu);
+    }
+    fn most(&self) -> usize {
+        self.0.most()
+    }
+    fn segments(&self) -> SegmentRules {
+        SegmentRules::KEYED
+    }
+}
+
 impl Worlds for Ring1Engine {
     fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
         Ok(Box::new(self.spawn_world()?))
@@ -397,8 +421,14 @@ impl RawEngine {
         let layout = Layout { hole: rules.hole, ..Layout::CANDIDATES[0] };
         host.settle(WorldLin(layout.delta))?;
         // Ring 0 must not run what is shown to ring 3 as it is: if it does so by limits alone, that is a known gap.
-        let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Strict } else { isolation };
-        let strict = isolation == Isolation::Strict;
+        let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Worlds } else { isolation };
+        let keys = rules.keys.then_some(Keys { code: KEYED_CODE, data: KEYED_DATA });
+        let isolation = match isolation {
+            _ if keys.is_some() => Isolation::Limits,
+            Isolation::Strict => Isolation::Worlds,
+            other => other,
+        };
+        let strict = isolation == Isolation::Worlds;
         let kernel = if strict { host.spawn_master()? } else { host.spawn()? };
         let kernel = Space::new(kernel, Role::Supervisor);
         let (most_worlds, long_gate) = (host.most(), host.long_gate());
@@ -419,15 +449,15 @@ impl RawEngine {
             boundary: Boundary::at_first(isolation),
             descriptors,
             clock: 0,
-            kernel_code: KernelCode::new(layout, count_inline, rules.ring0),
+            kernel_code: KernelCode::new(layout, count_inline, rules.ring0, keys),
             user_code: match long_gate {
-                Some(_) => UserCode::patching(&layout, count_inline, long_gate),
+                Some(_) => UserCode::patching(&layout, count_inline, long_gate, None),
                 None => UserCode::new(rules.int_faults),
             },
             joint_code: if rules.int_faults {
                 UserCode::new(true)
             } else {
-                UserCode::patching(&layout, count_inline, None)
+                UserCode::patching(&layout, count_inline, None, keys)
             },
             count_inline,
             transitions: Transitions::default(),
@@ -680,7 +710,7 @@ impl RawEngine {
         }
         let layout = self.layout;
         space.tell_cpuid(m);
-        space.allow_fills(cpu, &layout, user_cs, self.boundary);
+        space.allow_fills(cpu, &layout, (user_cs, descriptors.rules().keys), self.boundary);
         space.allow_ports(m);
         space.allow_guard(m);
         let entered = host_tsc();
@@ -707,6 +737,9 @@ impl RawEngine {
             Err(WorldError::Died(why)) if matches!(place, Place::User(_)) => {
                 return self.ring3_broke_its_world(place, cpu, &why);
             }
+            Err(WorldError::Died(why)) if self.ring3_ran_keyed(place) => {
+                return self.ring3_broke_a_keyed_world(place, cpu, m, &why);
+            }
             Err(e) => return Err(e.into()),
         };
         if exit == WorldExit::Kick {
@@ -732,7 +765,6 @@ impl RawEngine {
     /// A world of ring 3 alone is gone: it gets another one, and the guest a #GP of the code that ran there, at the last place
     /// known. What does that natively is nothing a guest could do on bare metal.
     fn ring3_broke_its_world(&mut self, place: Place, cpu: &CpuState, why: &str) -> Result<After, RawError> {
-        log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
         let fresh = Space::new(self.host.spawn_for_users()?, self.space(place).role);
         self.forbid_entering(0);
         *self.space(place) = fresh;
@@ -740,6 +772,12 @@ impl RawEngine {
         if let Place::User(i) = place {
             self.furnish_user(i)?;
         }
+        Ok(self.world_is_broken(cpu, why))
+    }
+
+    /// Ring 3's world has been replaced: what ring 3 gets.
+    fn world_is_broken(&mut self, cpu: &CpuState, why: &str) -> After {
+        log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
         (self.fpu_in, self.kicking) = (None, None);
         self.kick.set(None);
         self.broken_worlds += 1;
@@ -750,7 +788,36 @@ impl RawEngine {
             cpl: 3,
             raw: WorldExit::Fault { vector: Trap::gp(0).vector, error_code: 0, cr2: 0 }.into(),
         };
-        Ok(After::Deliver(Event::Exception(Trap::gp(0))))
+        After::Deliver(Event::Exception(Trap::gp(0)))
+    }
+
+    /// What a keyed world says last is that ring 3 was running in it.
+    fn ring3_ran_keyed(&self, place: Place) -> bool {
+        match place {
+            Place::Kernel(i) => {
+                self.descriptors.rules().keys && self.kernels[i].world.vcpu_read(vp::CPL) == 3
+            }
+            Place::User(_) => false,
+        }
+    }
+
+    /// The same as [`Self::ring3_broke_its_world`] for a keyed world. What it held for ring 0 (CR2, the virtual IF) ring 3 could
+    /// not write; ring 3's own registers are lost.
+    fn ring3_broke_a_keyed_world(
+        &mut self,
+        place: Place,
+        cpu: &mut CpuState,
+        m: &mut Machine,
+        why: &str,
+    ) -> Result<After, RawError> {
+        let Place::Kernel(number) = place else { return Err(WorldError::Died(why.into()).into()) };
+        self.follow_ring(cpu, number, 3);
+        self.ring3_segments(cpu, m, number);
+        let role = self.kernels[number].role;
+        self.kernels[number] = Space::new(self.host.spawn()?, role);
+        self.kernels[number].last_used = self.clock;
+        self.furnish(number)?;
+        Ok(self.world_is_broken(cpu, why))
     }
 
     /// Follows the flush that a space has missed.
@@ -866,7 +933,7 @@ impl Engine for RawEngine {
         self.kernels.first().is_some_and(|space| space.world.can_guard())
     }
     fn guards(&self, cpu: &CpuState) -> bool {
-        cpu.cpl != 3 || self.isolation != Isolation::Strict && self.users.iter().all(|s| s.world.can_guard())
+        cpu.cpl != 3 || self.isolation != Isolation::Worlds && self.users.iter().all(|s| s.world.can_guard())
     }
     fn as_raw(&self) -> Option<&RawEngine> {
         Some(self)
@@ -905,7 +972,7 @@ mod tests {
 
     fn engine(scripts: &[Script]) -> RawEngine {
         let code = CodeMemory::new(1 << 20).unwrap();
-        RawEngine::new(Box::new(Fakes(Mutex::new(scripts.to_vec()))), code, false, Isolation::Strict).unwrap()
+        RawEngine::new(Box::new(Fakes(Mutex::new(scripts.to_vec()))), code, false, Isolation::Worlds).unwrap()
     }
 
     /// 32-bit protected mode without paging, everything flat.

@@ -1,12 +1,17 @@
 //! Where our own things lie: putting them into the ring-0 world, and moving them when the guest wants the place.
 
 use super::*;
+use host_driver_shim::world::{HostSegment, KEYED_CODE_SLOT, KEYED_DATA_SLOT};
 
 impl RawEngine {
     /// Puts the vCPU page, the gate and the trampolines into a ring-0 world.
     pub(super) fn furnish(&mut self, number: usize) -> Result<(), RawError> {
         let (gate, vcpu) = (GuestLin(self.layout.gate), GuestLin(self.layout.vcpu));
+        let keyed = self.keyed_segments();
         let space = &mut self.kernels[number];
+        for (slot, segment) in keyed {
+            space.world.set_segment(slot, segment)?;
+        }
         space.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
         for (lin, offset) in self.kernel_code.trampolines.pages().chain(self.joint_code.trampolines.pages()) {
             space.show_trampoline(lin, offset, &self.layout)?;
@@ -14,8 +19,29 @@ impl RawEngine {
         Ok(())
     }
 
+    /// The descriptors whose selectors are fixed, if worlds are keyed.
+    fn keyed_segments(&self) -> Vec<(u16, HostSegment)> {
+        if !self.descriptors.rules().keys {
+            return Vec::new();
+        }
+        let flat = |base, code| HostSegment {
+            base,
+            limit: 0xf_ffff,
+            limit_in_pages: true,
+            code,
+            big: true,
+            expand_down: false,
+            rw: !code,
+            ring: 3,
+        };
+        vec![(KEYED_CODE_SLOT, flat(0, true)), (KEYED_DATA_SLOT, flat(self.layout.delta, false))]
+    }
+
     /// Puts the trampolines into a world of ring 3 alone.
     pub(super) fn furnish_user(&mut self, number: usize) -> Result<(), RawError> {
+        for (slot, segment) in self.keyed_segments() {
+            self.users[number].world.set_segment(slot, segment)?;
+        }
         for (lin, offset) in self.user_code.trampolines.pages() {
             self.users[number].show_trampoline(lin, offset, &self.layout)?;
         }
@@ -96,7 +122,7 @@ impl RawEngine {
     ) -> bool {
         Self::hides_behind_code(m, cpu, layout, code, supervisor)
             || supervisor
-                && [layout.vcpu, layout.gate, layout.tramp, layout.tramp_as_data()]
+                && [layout.vcpu, layout.gate, layout.transit(), layout.tramp, layout.tramp_as_data()]
                     .into_iter()
                     .any(|at| peek(m, cpu, GuestLin(at)).is_some_and(|l| m.is_ram(l.frame)))
     }
@@ -110,7 +136,9 @@ impl RawEngine {
         supervisor: bool,
     ) -> bool {
         let place = layout.code(code.page_base());
-        let ours = [layout.vcpu, layout.gate].into_iter().any(|at| layout.data(GuestLin(at)) == place);
+        let ours = [layout.vcpu, layout.gate, layout.transit()]
+            .into_iter()
+            .any(|at| layout.data(GuestLin(at)) == place);
         layout.is_engines(place)
             || supervisor && ours
             || peek(m, cpu, layout.guest_of_data(place))

@@ -18,8 +18,9 @@ use crate::machine::Machine;
 use crate::pgm::walk::peek;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
 use host_driver_shim::code_memory::CodeMemory;
+use host_driver_shim::raw::keys::is_harmful;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Fix, LongGate, UserPatch, UserPatcher};
+use patm::{Config, Fix, Keys, LongGate, UserPatch, UserPatcher};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Pages remembered as to be copied. Past this they are forgotten and found again.
@@ -31,6 +32,8 @@ struct UserPage {
     offset: u64,
     map: CodeMap,
     bytes: Box<[u8; 4096]>,
+    /// All of it is shown as it is.
+    whole: bool,
     /// Two streams of instructions overlap where a patch was: the page gets none any more.
     unpatchable: bool,
 }
@@ -61,6 +64,8 @@ pub struct UserCode {
     patcher: Option<UserPatcher>,
     /// For confined worlds: how they leave.
     long_gate: Option<LongGate>,
+    /// For keyed worlds: every page is a copy, and none shows code that loads PKRU.
+    keys: Option<Keys>,
     /// `int n` raises an exception by itself that says n.
     int_faults: bool,
     /// The memory of the patches' trampolines.
@@ -139,13 +144,19 @@ impl UserCode {
     /// For joint worlds with this layout, where system calls are done in line; with `long_gate`, for confined ones, where they
     /// leave by it.
     #[must_use]
-    pub fn patching(layout: &Layout, count_inline: bool, long_gate: Option<LongGate>) -> UserCode {
+    pub fn patching(
+        layout: &Layout,
+        count_inline: bool,
+        long_gate: Option<LongGate>,
+        keys: Option<Keys>,
+    ) -> UserCode {
         let mut patcher = UserPatcher::new(Config {
             tramp_base: layout.user_tramp(),
             tramp_len: USER_TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
             ring: 3,
+            keys,
         });
         for base in USER_TRAMPS {
             patcher = patcher.with_region(base, USER_TRAMP_LEN);
@@ -153,7 +164,7 @@ impl UserCode {
         if let Some(gate) = long_gate {
             patcher = patcher.leaving_by(gate);
         }
-        UserCode { patcher: Some(patcher), long_gate, ..UserCode::default() }
+        UserCode { patcher: Some(patcher), long_gate, keys, ..UserCode::default() }
     }
 
     /// Whether anything is patched.
@@ -219,11 +230,26 @@ impl UserCode {
         if let Some(p) = self.pages.get(&key) {
             return Some(View::Copy(p.offset));
         }
+        if self.keys.is_some() {
+            return None;
+        }
         let mut bytes = [0u8; 4096];
         m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut bytes);
+        self.may_be_shown_whole(m, cpu, lin, pfn, &bytes).then_some(View::Direct)
+    }
+
+    /// Nothing in the page would silently go wrong.
+    fn may_be_shown_whole(
+        &self,
+        m: &Machine,
+        cpu: &CpuState,
+        lin: GuestLin,
+        pfn: u32,
+        bytes: &[u8; 4096],
+    ) -> bool {
+        let key = (lin.page_number(), pfn);
         let straddles = matches!(bytes[4095], 0x0f | 0xcd) && self.straddles(m, cpu, lin, bytes[4095]);
-        (!self.forced.contains(&key) && !straddles && !has_candidate(&bytes, self.int_faults))
-            .then_some(View::Direct)
+        !self.forced.contains(&key) && !straddles && !has_candidate(bytes, self.int_faults)
     }
 
     /// A pair begins with `last`, the last byte of the page of `lin`, and ends in the next, or that is not known.
@@ -259,7 +285,10 @@ impl UserCode {
             self.drop_page(m, code, oldest);
         }
         let Some(offset) = code.alloc() else { return View::NoMemory };
-        put(code, offset, &[UNSCANNED; 4096]);
+        let whole = self.keys.is_some()
+            && is_harmful(&bytes[..], 0).is_none()
+            && self.may_be_shown_whole(m, cpu, lin, pfn, &bytes);
+        put(code, offset, if whole { &bytes[..] } else { &[UNSCANNED; 4096] });
         if self.order.len() > 4 * MAX_COPIES {
             let pages = &self.pages;
             self.order.retain(|key| pages.contains_key(key));
@@ -270,22 +299,25 @@ impl UserCode {
         }
         self.copied += 1;
         self.by_frame.entry(pfn).or_default().push(lin.page_number());
-        let head = self.head(m, cpu, lin.page_base());
-        put(code, offset, &bytes[..head]);
         let map = CodeMap::new(CodeSize::Bits32);
-        self.pages.insert(key, UserPage { offset, map, bytes, unpatchable: false });
+        if !whole {
+            let head = self.head(m, cpu, code, lin.page_base());
+            put(code, offset, &bytes[..head]);
+        }
+        self.pages.insert(key, UserPage { offset, map, bytes, whole, unpatchable: false });
+        self.hide_harm(code, key);
         View::Copy(offset)
     }
 
     /// How many bytes at the start of the page at `base` belong to an instruction of the page before.
-    fn head(&mut self, m: &Machine, cpu: &CpuState, base: GuestLin) -> usize {
+    fn head(&mut self, m: &Machine, cpu: &CpuState, code: &CodeMemory, base: GuestLin) -> usize {
         let before = base.wrapping_add(0u32.wrapping_sub(0x1000));
         let Some(leaf) = peek(m, cpu, before) else { return 0 };
         if !leaf.user || leaf.no_execute || !m.is_ram(leaf.frame) {
             return 0;
         }
         let key = (before.page_number(), (leaf.frame.0 >> 12) as u32);
-        if let Some(p) = self.pages.get(&key) {
+        if let Some(p) = self.pages.get(&key).filter(|p| !p.whole) {
             let crossing = p.map.overlapping(base, base.wrapping_add(1));
             return crossing
                 .iter()
@@ -307,6 +339,10 @@ impl UserCode {
                 }
                 self.forced.insert(key);
                 self.dropped.push((before, key.1));
+                if let Some(p) = self.pages.get_mut(&key) {
+                    p.whole = false;
+                    put(code, p.offset, &[UNSCANNED; 4096]);
+                }
                 0
             }
         }
@@ -315,7 +351,9 @@ impl UserCode {
     /// `lin` is in a copied page and has not been found to be an instruction yet.
     #[must_use]
     pub fn is_unscanned(&self, lin: GuestLin, pfn: u32) -> bool {
-        self.pages.get(&(lin.page_number(), pfn)).is_some_and(|p| !p.map.is_instruction_start(lin))
+        self.pages
+            .get(&(lin.page_number(), pfn))
+            .is_some_and(|p| !p.whole && !p.map.is_instruction_start(lin))
     }
 
     /// Follows the code from `lin` within its page and copies what it finds. False if nothing new was found.
@@ -373,8 +411,57 @@ impl UserCode {
             && let Some(p) = self.pages.get(&(next.page_number(), (leaf.frame.0 >> 12) as u32))
         {
             put(code, p.offset, &p.bytes[..tail]);
+            let next = (next.page_number(), (leaf.frame.0 >> 12) as u32);
+            self.hide_harm(code, next);
         }
+        self.hide_harm(code, (lin.page_number(), pfn));
         found
+    }
+
+    /// In a keyed world, sees to it that a copy shows nothing that loads PKRU: the instruction whose bytes those are traps instead.
+    fn hide_harm(&mut self, code: &CodeMemory, key: (u32, u32)) {
+        if self.keys.is_none() {
+            return;
+        }
+        let Some(page) = self.pages.get(&key).filter(|p| !p.whole) else { return };
+        let offset = page.offset;
+        let mut shown = [0u8; 4096];
+        let look = |shown: &mut [u8; 4096]| {
+            if code.read(offset, shown).is_none() {
+                shown.fill(0);
+            }
+            is_harmful(&shown[..], 0)
+        };
+        if look(&mut shown).is_none() {
+            return;
+        }
+        // Patches of the page go first: what they wrote could be part of it.
+        let windows: Vec<_> = self
+            .patcher
+            .iter()
+            .flat_map(|p| p.patches())
+            .filter(|p| p.key == key_of(key.0, key.1))
+            .map(|p| (p.start.page_offset(), p.write.bytes.len(), p.site))
+            .collect();
+        if let Some(page) = self.pages.get_mut(&key) {
+            page.unpatchable = true;
+            for (from, len, site) in windows {
+                put(code, offset + from as u64, &page.bytes[from..from + len]);
+                put(code, offset + site.page_offset() as u64, &[UNSCANNED]);
+            }
+        }
+        self.unpatch(code, key);
+        let base = GuestLin(key.0 << 12);
+        let Some(page) = self.pages.get(&key) else { return };
+        while let Some(at) = look(&mut shown) {
+            let lin = base.wrapping_add(at as u32);
+            for (start, _) in page.map.overlapping(lin, lin.wrapping_add(1)) {
+                if start.page_base() == base {
+                    put(code, offset + start.page_offset() as u64, &[UNSCANNED]);
+                }
+            }
+            put(code, offset + at as u64, &[UNSCANNED]);
+        }
     }
 
     /// Makes every system call of a copied page that can do without an exit do without. `new`: instructions just found.
@@ -442,7 +529,7 @@ impl UserCode {
         self.trampolines.free(code);
         let (looked_at, copied) = (self.looked_at, self.copied);
         let fresh = match self.patcher {
-            Some(_) => UserCode::patching(layout, count_inline, self.long_gate),
+            Some(_) => UserCode::patching(layout, count_inline, self.long_gate, self.keys),
             None => UserCode::new(self.int_faults),
         };
         *self = UserCode { looked_at, copied, ..fresh };

@@ -1,4 +1,4 @@
-//! Worlds of ring 3 that the world of ring 0 enters by itself (`--isolation strict`): for which one, and what it left behind.
+//! Worlds of ring 3 that the world of ring 0 enters by itself (`--isolation worlds`): for which one, and what it left behind.
 //!
 //! Nothing the guest's tables have lost since may be in it when it is entered: what is known of that is done first, and the world
 //! of ring 0 leaves the rest to us.

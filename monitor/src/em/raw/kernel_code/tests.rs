@@ -10,7 +10,7 @@ fn scanned(bytes: &[u8]) -> (KernelCode, CodeMemory) {
     let code = CodeMemory::new(1 << 20).unwrap();
     let cpu = CpuState::reset();
     m.write_ram(GuestPhys(u64::from(AT)), bytes);
-    let mut view = KernelCode::new(Layout::CANDIDATES[0], false, 3);
+    let mut view = KernelCode::new(Layout::CANDIDATES[0], false, 3, None);
     view.page(&mut m, &code, GuestLin(AT), AT >> 12).unwrap();
     view.scan(&mut m, &code, &cpu, GuestLin(AT));
     (view, code)
