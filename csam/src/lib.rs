@@ -10,6 +10,7 @@ extern crate alloc;
 
 pub mod addr;
 pub mod codemap;
+pub mod pkru;
 pub mod scan;
 pub mod sensitivity;
 

@@ -110,7 +110,7 @@ pub struct SegmentRules {
     /// In a world that holds both, pages tell ring 3 from ring 0 ([`Prot::USER`]), and limits need not.
     pub pages: bool,
     /// The same by protection keys, in the hardware's ring 3: with [`SegmentRules::pages`]. Ring 3 runs with a code selector of its
-    /// own then, [`KEYED_CODE`], and is to be shown no code that loads PKRU ([`crate::raw::keys::is_harmful`]).
+    /// own then, [`KEYED_CODE`], and must be shown no code that loads PKRU.
     pub keys: bool,
     /// `int n` of ring 3 is #GP with the error code 8 n + 2 for every n but 3 and 4 (SDM vol. 3, 6.13), and the host
     /// does not answer it.
@@ -461,9 +461,9 @@ pub trait World {
     /// The guest's x87/MMX/SSE state as FXSAVE64 keeps it, valid while the world is stopped. What is written here is
     /// loaded at the next start; reserved MXCSR bits are cleared first.
     fn fpu(&mut self) -> &mut [u8; 512];
-    /// Reads a u32 of the vCPU page.
+    /// Reads a u32 of the vCPU page, or of a keyed world's transit page ([`crate::raw::TRANSIT`]).
     fn vcpu_read(&self, offset: u32) -> u32;
-    /// Writes a u32 of the vCPU page.
+    /// Writes one.
     fn vcpu_write(&mut self, offset: u32, value: u32);
     /// Places the gate stub (one page, 64-bit code reached by `GATE`) and the vCPU page, which the stub uses, at these
     /// linear addresses. Must be called before the first run of a world whose trampolines use the gate.

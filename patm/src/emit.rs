@@ -6,6 +6,7 @@ use crate::map::{EipMap, Finish, Fix, Point};
 use crate::patch::LongGate;
 use crate::vcpu_page as page;
 use alloc::vec::Vec;
+use csam::pkru::loader_in;
 
 pub(crate) const EAX: u8 = 0;
 pub(crate) const ECX: u8 = 1;
@@ -65,6 +66,8 @@ pub(crate) struct Emitter {
     relocs: Vec<Reloc>,
     labels: Vec<Option<u32>>,
     slow: Vec<Slow>,
+    /// Offsets of the instructions that load PKRU and are meant to, where there must be no others.
+    pkru: Option<Vec<usize>>,
     /// The CPL of the code the trampoline stands for, if it is not only ring 0's.
     cpl: Option<u8>,
     /// What the state before the next instruction stands for.
@@ -80,9 +83,24 @@ impl Emitter {
             relocs: Vec::new(),
             labels: Vec::new(),
             slow: Vec::new(),
+            pkru: None,
             cpl,
             state: Fix::default(),
         }
+    }
+
+    /// For worlds where ring 3 can jump into the trampoline and must find nothing that loads PKRU but [`Self::wrpkru`].
+    pub(crate) fn keyed(mut self, keyed: bool) -> Self {
+        self.pkru = keyed.then(Vec::new);
+        self
+    }
+
+    /// Loads PKRU.
+    pub(crate) fn wrpkru(&mut self) {
+        if let Some(places) = &mut self.pkru {
+            places.push(self.code.len());
+        }
+        self.op(&[0x0f, 0x01, 0xef]);
     }
 
     fn here(&self) -> u32 {
@@ -306,7 +324,8 @@ impl Emitter {
         self.here()
     }
 
-    /// The bytes for a trampoline at EIP `at`. None if a short branch does not reach (an error in a sequence).
+    /// The bytes for a trampoline at EIP `at`. None if a short branch does not reach (an error in a sequence), or if bytes of
+    /// the guest's or of an address would load PKRU.
     pub(crate) fn finish(mut self, at: u32) -> Option<(Vec<u8>, EipMap)> {
         for reloc in &self.relocs {
             let end = reloc.offset + if reloc.field == Field::Short { 1 } else { 4 };
@@ -325,6 +344,9 @@ impl Emitter {
                 Field::Short => field.copy_from_slice(&i8::try_from(rel.cast_signed()).ok()?.to_le_bytes()),
             }
         }
-        Some((self.code, self.map))
+        match &self.pkru {
+            Some(meant) if loader_in(&self.code, |at| meant.contains(&at)).is_some() => None,
+            _ => Some((self.code, self.map)),
+        }
     }
 }

@@ -180,7 +180,7 @@ fn load_pkru(e: &mut Emitter, value: u8) {
     for (reg, value) in [(EAX, value), (ECX, 0), (EDX, 0)] {
         e.op_parts(&[&[0xb8 | reg], &u32::from(value).to_le_bytes()]); // mov reg, imm32
     }
-    e.op(&[0x0f, 0x01, 0xef]); // wrpkru
+    e.wrpkru();
 }
 
 /// The beginning of [`enter_kernel`]: EAX, ECX, ESP and the flags are saved, and ring 3's flags are in `SCRATCH_IMAGE`.

@@ -192,6 +192,7 @@ fn machine(seed: u64) -> Machine {
         hw_sel: [7, 15, 23, 31, 39, 47],
         limits: std::collections::BTreeMap::new(),
         absent: None,
+        pkru: 0,
         mem: std::collections::BTreeMap::new(),
     };
     for at in (page::IF_FLAG..0x1000).step_by(4) {

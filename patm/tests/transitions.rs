@@ -9,7 +9,7 @@ use common::{BASE, Scanned, VCPU, config};
 use csam::{CodeMap, CodeSize, GuestLin, ScanOptions, SliceSource};
 use iced_x86::{Code, Decoder, DecoderOptions, Register};
 use patm::{
-    Config, Fix, Location, LongGate, Patm, Refusal, Trampoline, UserPatch, UserPatcher, VcpuWords,
+    Config, Fix, Keys, Location, LongGate, Patm, Refusal, Trampoline, UserPatch, UserPatcher, VcpuWords,
     vcpu_page as page,
 };
 use proptest::prelude::*;
@@ -116,6 +116,7 @@ fn machine(seed: u64, cpl: u32) -> Machine {
         hw_sel: [0; 6],
         limits: BTreeMap::new(),
         absent: None,
+        pkru: 0,
         mem: BTreeMap::new(),
     };
     for at in (0..0x1000).step_by(4) {
@@ -188,10 +189,13 @@ fn load_hardware(m: &mut Machine) {
     (m.hw_sel[1], m.hw_sel[2]) = if cpl == 0 { (HOST_CS0, HOST_SS0) } else { (HOST_CS3, HOST_SS3) };
 }
 
+/// What trampolines of a keyed world go by.
+const KEYS: Keys = Keys { code: HOST_CS3, data: HOST_SS0 };
+
 /// `iretd` at `BASE`, patched for a ring 0 that runs in `ring`.
-fn kernel(ring: u8) -> (Scanned, Patm) {
+fn kernel(ring: u8, keys: Option<Keys>) -> (Scanned, Patm) {
     let scanned = Scanned::new(&[0x90, 0x90, 0x90, 0x90, 0xcf]);
-    let mut patm = Patm::new(Config { ring, ..config() });
+    let mut patm = Patm::new(Config { ring, keys, ..config() });
     scanned.patch_all(&mut patm);
     (scanned, patm)
 }
@@ -238,7 +242,11 @@ fn patch_user(
 const MOV_INT: &[u8] = &[0xb8, 0x14, 0, 0, 0, 0xcd, 0x80, 0xc3];
 
 fn mov_int() -> (UserPatcher, UserPatch) {
-    let mut patcher = UserPatcher::new(user_config());
+    mov_int_with(None)
+}
+
+fn mov_int_with(keys: Option<Keys>) -> (UserPatcher, UserPatch) {
+    let mut patcher = UserPatcher::new(Config { keys, ..user_config() });
     let patch = patch_user(&mut patcher, 1, MOV_INT, &[USER], USER + 5).unwrap();
     (patcher, patch)
 }
@@ -324,8 +332,8 @@ fn at_iret(patm: &Patm, m: &mut Machine) -> (Vec<u8>, u32) {
     (t.code, t.at)
 }
 
-fn run_iret(m: &mut Machine, flags: u32, ring: u8) -> (End, [usize; 2]) {
-    let (_, patm) = kernel(ring);
+fn run_iret(m: &mut Machine, flags: u32, ring: u8, keys: Option<Keys>) -> (End, [usize; 2]) {
+    let (_, patm) = kernel(ring, keys);
     m.eip = BASE + 4;
     let (before, after) = (guest(m), after_iret(m, flags));
     let (code, at) = at_iret(&patm, m);
@@ -338,13 +346,19 @@ fn run_iret(m: &mut Machine, flags: u32, ring: u8) -> (End, [usize; 2]) {
 
 proptest! {
     #[test]
-    fn iret_to_ring_3_is_before_or_behind_at_every_boundary(seed: u64, flags: u32, rf: bool, own_ring: bool) {
+    fn iret_to_ring_3_is_before_or_behind_at_every_boundary(
+        seed: u64,
+        flags: u32,
+        rf: bool,
+        how in 0..3u8,
+    ) {
         let mut m = machine(seed, 0);
         reachable(&mut m);
         let flags = flags & (ARITHMETIC | DF) | IF | 2 | m.word(page::HIDDEN_FLAGS) | u32::from(rf) << 16;
         push_frame(&mut m, flags);
         let after = after_iret(&m, flags);
-        let (end, seen) = run_iret(&mut m, flags, if own_ring { 1 } else { 3 });
+        let (end, seen) = run_iret(&mut m, flags, if how == 1 { 1 } else { 3 }, (how == 2).then_some(KEYS));
+        prop_assert_eq!(m.pkru, if how == 2 { u32::from(Keys::RING3) } else { 0 });
         prop_assert_eq!(end, End::Jumped);
         prop_assert!(seen[0] > 20 && seen[1] > 20, "{:?}", seen);
         prop_assert_eq!(guest(&m), after);
@@ -359,13 +373,15 @@ proptest! {
     }
 
     #[test]
-    fn int_n_is_before_or_behind_at_every_boundary(seed: u64) {
-        let (patcher, patch) = mov_int();
+    fn int_n_is_before_or_behind_at_every_boundary(seed: u64, keyed: bool) {
+        let (patcher, patch) = mov_int_with(keyed.then_some(KEYS));
         let mut m = machine(seed, 3);
+        m.pkru = if keyed { Keys::RING3.into() } else { 0 };
         reachable(&mut m);
         let (end, seen) = run_int(&mut m, &patcher, &patch);
         prop_assert_eq!(end, End::Jumped);
         prop_assert!(seen[0] > 60 && seen[1] > 20, "{:?}", seen);
+        prop_assert_eq!(m.pkru, 0);
         let loaded = m.hw_sel;
         load_hardware(&mut m);
         prop_assert_eq!(loaded, m.hw_sel);
@@ -407,7 +423,7 @@ fn an_iret_to_ring_3_the_monitor_must_see_leaves_with_nothing_done() {
         spoil(&mut m);
         let mut before = guest(&m);
         let hardware = m.hw_sel;
-        let (end, seen) = run_iret(&mut m, IF | 2, 3);
+        let (end, seen) = run_iret(&mut m, IF | 2, 3, None);
         assert_eq!((end, seen[1]), (End::Gate, 0), "{what}");
         before.eip = m.eip;
         assert_eq!(guest(&m), before, "{what}");
@@ -470,9 +486,10 @@ fn an_int_n_the_monitor_must_see_leaves_with_nothing_done() {
         ("SS changed, high", |m| m.write(GDT + 0x6f, 1, 1)),
         ("another SS0", |m| m.write(TSS + 8, 2, 0x10)),
     ];
-    for (what, spoil) in spoil {
-        let (patcher, patch) = mov_int();
+    for ((what, spoil), keyed) in spoil.iter().flat_map(|spoil| [(spoil, false), (spoil, true)]) {
+        let (patcher, patch) = mov_int_with(keyed.then_some(KEYS));
         let mut m = machine(9, 3);
+        m.pkru = if keyed { Keys::RING3.into() } else { 0 };
         reachable(&mut m);
         spoil(&mut m);
         let mut before = guest(&m);
@@ -484,8 +501,32 @@ fn an_int_n_the_monitor_must_see_leaves_with_nothing_done() {
         assert!(patm::is_user_reason(m.word(page::GATE_REASON)));
         before.eip = m.eip;
         assert_eq!(guest(&m), before, "{what}");
+        if keyed {
+            assert_eq!(m.word(page::SCRATCH_SS), u32::from(hardware[2]), "{what}");
+            m.hw_sel[2] = hardware[2];
+        }
         assert_eq!(m.hw_sel, hardware, "{what}");
     }
+}
+
+/// A trampoline for a keyed world loads PKRU once, whatever the guest's own bytes in it are.
+#[test]
+fn bytes_of_the_guests_that_load_pkru_get_no_trampoline() {
+    let loads = |code: &[u8]| code.windows(3).filter(|w| *w == [0x0f, 0x01, 0xef]).count();
+    // mov eax, 00ef010fh; int 80h; ret
+    let code = [0xb8, 0x0f, 0x01, 0xef, 0x00, 0xcd, 0x80, 0xc3];
+    for (keys, allowed) in [(None, true), (Some(KEYS), false)] {
+        let mut patcher = UserPatcher::new(Config { keys, ..user_config() });
+        let patched = patch_user(&mut patcher, 1, &code, &[USER], USER + 5);
+        assert_eq!(patched.is_ok(), allowed, "{keys:?}");
+        // What was refused left nothing behind.
+        assert_eq!(patcher.patches().count(), usize::from(allowed));
+    }
+    let (_, patch) = mov_int_with(Some(KEYS));
+    assert_eq!(loads(&patch.trampoline.code), 1);
+    let (_, patm) = kernel(3, Some(KEYS));
+    let code = patm.patches().next().unwrap().trampoline.clone().unwrap().code;
+    assert_eq!(loads(&code), 1);
 }
 
 #[test]
@@ -532,7 +573,7 @@ fn a_system_call_goes_in_and_out_in_line_whatever_interrupts_it() {
     let bytes = [0xb8, 0x14, 0, 0, 0, 0xcd, 0x80, 0x46, 0x4f, 0x75, 0xf5, 0xf4];
     let mut patcher = UserPatcher::new(user_config());
     let patch = patch_user(&mut patcher, 1, &bytes, &[USER], USER + 5).unwrap();
-    let (scanned, patm) = kernel(3);
+    let (scanned, patm) = kernel(3, None);
     let kernel_view = scanned.view(&patm);
     let mut user_view = bytes.to_vec();
     user_view[..7].copy_from_slice(&patch.write.bytes);

@@ -373,21 +373,20 @@ impl ArenaMap {
         self.arena.write_u32((offset_of!(Arena, filter_len) + which * 4) as u64, n).is_some()
     }
 
-    /// Reads a u32 of the vCPU page, or with offsets from [`TRANSIT`] on of the transit page; 0 outside them.
-    pub(crate) fn vcpu_read(&self, offset: u32) -> u32 {
-        let at = match offset {
-            0..=4092 => VCPU_OFFSET as u64 + u64::from(offset),
-            _ if offset.wrapping_sub(TRANSIT) <= 4092 => TRANSIT_OFFSET as u64 + u64::from(offset - TRANSIT),
-            _ => return 0,
-        };
-        self.arena.read_u32(at).unwrap_or(0)
+    /// Where in the arena a u32 of the vCPU page is, or with offsets from [`TRANSIT`] on of the transit page.
+    fn vcpu_place(offset: u32) -> Option<u64> {
+        let place = |page: usize, offset: u32| (offset <= 4092).then(|| page as u64 + u64::from(offset));
+        place(VCPU_OFFSET, offset).or_else(|| place(TRANSIT_OFFSET, offset.wrapping_sub(TRANSIT)))
     }
 
-    /// Writes a u32 of the vCPU page; nothing outside it.
+    /// Reads that word; 0 if there is none.
+    pub(crate) fn vcpu_read(&self, offset: u32) -> u32 {
+        Self::vcpu_place(offset).and_then(|at| self.arena.read_u32(at)).unwrap_or(0)
+    }
+
+    /// Writes it, if there is one.
     pub(crate) fn vcpu_write(&self, offset: u32, value: u32) {
-        if offset <= 4092 {
-            let _in_range = self.arena.write_u32(VCPU_OFFSET as u64 + u64::from(offset), value);
-        }
+        let _in_range = Self::vcpu_place(offset).and_then(|at| self.arena.write_u32(at, value));
     }
 
     /// Says where the world has its transit page.

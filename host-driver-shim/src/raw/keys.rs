@@ -5,8 +5,8 @@
 //! nothing ([`KERNEL_PKRU`]), but for signal handlers, to which Linux gives one that allows key 0 alone
 //! (Documentation/core-api/protection-keys.rst, SDM Vol. 3A, 4.6.2). PKRU can be changed by every code that executes one of
 //! two instructions; so ring 3 is to find neither:
-//! - what ring 3 is shown as code has neither (the monitor sees to it, [`is_harmful`]); in the program this process executes,
-//!   they are overwritten before any guest code runs ([`disarm`]);
+//! - what ring 3 is shown as code has neither (the monitor sees to it); in the program this process executes, they are
+//!   overwritten before any guest code runs ([`disarm`]);
 //! - those that must be there ([`super::entry`], trampolines) are followed by a check that whoever jumps there by himself does
 //!   not pass;
 //! - system calls are made in one place, behind which key 0 is read; a return from a signal takes a secret ([`guard`]).
@@ -34,37 +34,14 @@ const XSTATE_BV: usize = 512;
 /// PKRU's number among the state components.
 const XFEATURE_PKRU: u32 = 9;
 
-/// Whether the three bytes are, or begin, an instruction that loads PKRU: `wrpkru` (0f 01 ef), or `xrstor` of memory
-/// (0f ae /5).
-#[must_use]
-pub fn loads_pkru(bytes: [u8; 3]) -> bool {
+/// Whether these bytes are `wrpkru` (0f 01 ef), or begin an `xrstor` of memory (0f ae /5). (csam, which this crate does not know,
+/// has the same for guest code.)
+const fn loads_pkru(bytes: [u8; 3]) -> bool {
     match bytes {
         [0x0f, 0x01, 0xef] => true,
         [0x0f, 0xae, modrm] => modrm >> 3 & 7 == 5 && modrm < 0xc0,
         _ => false,
     }
-}
-
-/// Where in a page of code bytes lie that, alone or with those of a neighbouring page whatever it is, load PKRU: the offset of
-/// the first of them in this page, from `from` on.
-#[must_use]
-pub fn is_harmful(page: &[u8], from: usize) -> Option<usize> {
-    let inside = || {
-        let rest = page.get(from..)?;
-        rest.windows(3)
-            .position(|w| matches!(w, [a @ 0x0f, b, c] if loads_pkru([*a, *b, *c])))
-            .map(|i| i + from)
-    };
-    // Whatever ends a page with 0f may be followed by a page that begins like this.
-    let begins = match *page {
-        [second, third, ..] if from == 0 => loads_pkru([0x0f, second, third]).then_some(0),
-        _ => None,
-    };
-    let ends = || match *page {
-        [.., 0x0f, 0x01 | 0xae] if page.len() >= from + 2 => Some(page.len() - 2),
-        _ => None,
-    };
-    begins.or_else(inside).or_else(ends)
 }
 
 /// Why worlds here cannot be keyed, if they cannot.
@@ -218,43 +195,3 @@ pub(super) fn guard() -> [u64; GUARD_LEN] {
 
 /// How many.
 pub(super) const GUARD_LEN: usize = 11;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_loads_pkru_is_found_wherever_it_lies() {
-        let with = |at: usize, bytes: &[u8]| {
-            let mut page = [0x90u8; 4096];
-            page[at..at + bytes.len()].copy_from_slice(bytes);
-            is_harmful(&page, 0)
-        };
-        for at in [0, 1, 2000, 4093] {
-            assert_eq!(with(at, &[0x0f, 0x01, 0xef]), Some(at));
-            assert_eq!(with(at, &[0x0f, 0xae, 0x2f]), Some(at), "xrstor [edi]");
-            assert_eq!(with(at, &[0x0f, 0xae, 0xac]), Some(at), "xrstor with an index");
-            assert_eq!(with(at, &[0x0f, 0xae, 0xe8]), None, "lfence");
-            assert_eq!(with(at, &[0x0f, 0x01, 0xee]), None, "rdpkru");
-            assert_eq!(with(at, &[0x0f, 0xae, 0x0f]), None, "fxrstor");
-        }
-        // Half of it here, the other half perhaps in the neighbour.
-        assert_eq!(with(4094, &[0x0f, 0x01]), Some(4094));
-        assert_eq!(with(4094, &[0x0f, 0xae]), Some(4094));
-        assert_eq!(with(0, &[0x01, 0xef]), Some(0));
-        assert_eq!(with(0, &[0xae, 0x6f]), Some(0));
-        // A page that ends with 0f alone is as good as its successor.
-        assert_eq!(with(4095, &[0x0f]), None);
-        assert_eq!(with(0, &[0xef]), None);
-    }
-
-    #[test]
-    fn a_search_that_goes_on_finds_the_next_one() {
-        let mut page = [0x90u8; 4096];
-        for at in [10, 100] {
-            page[at..at + 3].copy_from_slice(&[0x0f, 0x01, 0xef]);
-        }
-        assert_eq!(is_harmful(&page, 11), Some(100));
-        assert_eq!(is_harmful(&page, 101), None);
-    }
-}

@@ -18,6 +18,9 @@ const HELD_BACK: u32 = 0x24_7100;
 /// What the monitor of these tests loads for a selector the segment cache does not serve.
 pub const UNCACHED: u16 = 0xdea7;
 
+/// Where what ring 3 may reach ends.
+pub const RING3_END: u32 = 0xb000_0000;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
     Bare,
@@ -44,6 +47,8 @@ pub struct Machine {
     pub limits: BTreeMap<u16, u32>,
     /// A page, as its first address, that is not there.
     pub absent: Option<u32>,
+    /// PKRU: with bit 0 set, what is not ring 3's is out of reach.
+    pub pkru: u32,
     pub mem: BTreeMap<u32, u8>,
 }
 
@@ -227,7 +232,8 @@ impl Machine {
         }
         let at = self.address(i);
         let limit = self.limits.get(&self.hw_sel[seg_index(i.memory_segment())]);
-        limit.is_some_and(|&limit| at >= limit) || self.absent == Some(at & !0xfff)
+        let forbidden = self.pkru & 1 != 0 && at >= RING3_END && at & !0xfff != VCPU + page::TRANSIT;
+        limit.is_some_and(|&limit| at >= limit) || self.absent == Some(at & !0xfff) || forbidden
     }
 
     /// What differs, for people.
@@ -299,6 +305,10 @@ impl Machine {
                 self.flags = image & (ARITHMETIC | DF);
                 self.set_word(page::IF_FLAG, image & IF);
                 self.set_word(page::HIDDEN_FLAGS, image & HELD_BACK & !0x100);
+            }
+            Mnemonic::Wrpkru => {
+                assert_eq!((self.gpr[1], self.gpr[2]), (0, 0));
+                self.pkru = self.gpr[0];
             }
             Mnemonic::Clts => {
                 assert!(bare);

@@ -120,6 +120,7 @@ impl RawEngine {
     /// Carries out in the worlds what the code views decided: new trampoline pages, frames that became code, copies
     /// that are gone.
     pub(super) fn settle_code(&mut self) -> Result<(), RawError> {
+        self.kernel_code.hide_pkru_loaders(&self.code);
         self.map_trampolines()?;
         for lin in std::mem::take(&mut self.kernel_code.dropped) {
             let layout = self.layout;

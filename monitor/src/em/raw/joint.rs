@@ -47,6 +47,9 @@ const BOUNDARY_STEP: u32 = 256 << 20;
 /// Guest kernels whose page-fault handler is lower are not told from their users by limits.
 const LOWEST_KERNEL: u32 = 0x8000_0000;
 
+/// Bytes of the transit page in use.
+const TRANSIT_LEN: u32 = 0x180;
+
 /// What keeps ring 3 from the guest kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Boundary {
@@ -139,7 +142,12 @@ impl RawEngine {
                     }
                 };
                 self.joint_of.insert(cpu.cr3, i);
+                let keyed = self.descriptors.rules().keys;
                 let space = &mut self.kernels[i];
+                if keyed {
+                    // What another process had in its registers is nothing for this one.
+                    (0..TRANSIT_LEN).step_by(4).for_each(|at| space.world.vcpu_write(vp::TRANSIT + at, 0));
+                }
                 space.role = role;
                 space.published = None;
                 // The guest kernel's half is the same under every CR3 as a rule: only what is not goes.

@@ -12,10 +12,12 @@ use super::trampolines::Trampolines;
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
+use csam::pkru::loader_in;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, ScanReport};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
 use patm::{Config, Keys, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
+use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 
 /// What an unproven byte of the code view holds.
@@ -34,6 +36,8 @@ struct CodePage {
     pfn: u32,
     offset: u64,
     original: Box<[u8; 4096]>,
+    /// The copy has changed since it was last looked through for what loads PKRU.
+    changed: Cell<bool>,
     writes: u32,
     write_limit: u32,
 }
@@ -87,6 +91,17 @@ pub struct KernelCode {
     interpreted: BTreeSet<GuestLin>,
     /// Copies of a few words that may be made faster when the sensitive instructions have their patches.
     slow: BTreeSet<GuestLin>,
+}
+
+/// So many places of a page that show what loads PKRU are dealt with one by one; past that the page is interpreted.
+const LOADERS: u32 = 256;
+
+impl CodePage {
+    /// Shows these bytes at an offset of the page.
+    fn show(&self, code: &CodeMemory, at: usize, bytes: &[u8]) {
+        put(code, self.offset + at as u64, bytes);
+        self.changed.set(true);
+    }
 }
 
 /// Writes code memory. Offsets come from its own allocator, so the bounds check cannot fail.
@@ -238,13 +253,14 @@ impl KernelCode {
         }
         let offset = code.alloc()?;
         put(code, offset, &[UNSCANNED; 4096]);
+        let changed = Cell::new(false);
         let mut original = Box::new([0u8; 4096]);
         m.read_ram(GuestPhys(u64::from(pfn) << 12), &mut original[..]);
         if m.track(pfn) {
             self.newly_tracked.push(pfn);
         }
         let write_limit = self.next_limit.get(&pfn).copied().unwrap_or(WRITES_BEFORE_DROP);
-        self.pages.insert(number, CodePage { pfn, offset, original, writes: 0, write_limit });
+        self.pages.insert(number, CodePage { pfn, offset, original, changed, writes: 0, write_limit });
         self.by_frame.entry(pfn).or_default().push(number);
         self.counts.pages_made += 1;
         Some(offset)
@@ -294,7 +310,7 @@ impl KernelCode {
                     None if self.map.proven(at) => page.original[at.page_offset()],
                     None => UNSCANNED,
                 };
-                put(code, page.offset + at.page_offset() as u64, &[byte]);
+                page.show(code, at.page_offset(), &[byte]);
             }
             at = at.wrapping_add(1);
         }
@@ -475,8 +491,37 @@ impl KernelCode {
     fn interpret_at(&mut self, code: &CodeMemory, at: GuestLin) {
         self.interpreted.insert(at);
         if let Some(page) = self.pages.get(&at.page_number()) {
-            put(code, page.offset + at.page_offset() as u64, &[UNSCANNED]);
+            page.show(code, at.page_offset(), &[UNSCANNED]);
         }
+    }
+
+    /// Where worlds are keyed, sees to it that no copy shows bytes that load PKRU: whatever they are part of is interpreted.
+    pub fn hide_pkru_loaders(&mut self, code: &CodeMemory) {
+        if self.keys.is_none() {
+            return;
+        }
+        let changed: Vec<u32> =
+            self.pages.iter().filter(|(_, page)| page.changed.take()).map(|(number, _)| *number).collect();
+        for number in changed {
+            for _ in 0..LOADERS {
+                let Some(at) = self.shown_loader(code, number) else { break };
+                let orphans = self.trap_overlapping(code, at);
+                self.patch_sites(code, orphans);
+            }
+            if self.shown_loader(code, number).is_some()
+                && let Some(page) = self.pages.get(&number)
+            {
+                page.show(code, 0, &[UNSCANNED; 4096]);
+            }
+        }
+    }
+
+    /// The first byte a copy shows of what loads PKRU.
+    fn shown_loader(&self, code: &CodeMemory, number: u32) -> Option<GuestLin> {
+        let page = self.pages.get(&number)?;
+        let mut shown = [0u8; 4096];
+        code.read(page.offset, &mut shown)?;
+        loader_in(&shown, |_| false).map(|at| GuestLin(number << 12 | at as u32))
     }
 
     fn install(&mut self, code: &CodeMemory, id: PatchId) {
@@ -490,7 +535,7 @@ impl KernelCode {
             for (i, b) in w.bytes.iter().enumerate() {
                 let at = w.at.wrapping_add(i as u32);
                 if let Some(page) = self.pages.get(&at.page_number()) {
-                    put(code, page.offset + at.page_offset() as u64, &[*b]);
+                    page.show(code, at.page_offset(), &[*b]);
                 }
             }
         }
@@ -601,7 +646,7 @@ impl KernelCode {
                 let n = (0x1000 - lin.page_offset() as u32).min(u32::from(len) - i);
                 if let Some(page) = self.pages.get(&lin.page_number()) {
                     let from = lin.page_offset();
-                    put(code, page.offset + from as u64, &page.original[from..from + n as usize]);
+                    page.show(code, from, &page.original[from..from + n as usize]);
                 }
                 i += n;
             }

@@ -16,9 +16,9 @@ use super::trampolines::Trampolines;
 use crate::cpum::CpuState;
 use crate::machine::Machine;
 use crate::pgm::walk::peek;
+use csam::pkru::loader_in;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
 use host_driver_shim::code_memory::CodeMemory;
-use host_driver_shim::raw::keys::is_harmful;
 use iced_x86::{Decoder, DecoderOptions};
 use patm::{Config, Fix, Keys, LongGate, UserPatch, UserPatcher};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -286,7 +286,7 @@ impl UserCode {
         }
         let Some(offset) = code.alloc() else { return View::NoMemory };
         let whole = self.keys.is_some()
-            && is_harmful(&bytes[..], 0).is_none()
+            && loader_in(&bytes[..], |_| false).is_none()
             && self.may_be_shown_whole(m, cpu, lin, pfn, &bytes);
         put(code, offset, if whole { &bytes[..] } else { &[UNSCANNED; 4096] });
         if self.order.len() > 4 * MAX_COPIES {
@@ -430,7 +430,7 @@ impl UserCode {
             if code.read(offset, shown).is_none() {
                 shown.fill(0);
             }
-            is_harmful(&shown[..], 0)
+            loader_in(&shown[..], |_| false)
         };
         if look(&mut shown).is_none() {
             return;
