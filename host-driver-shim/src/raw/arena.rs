@@ -389,6 +389,11 @@ impl ArenaMap {
         let _in_range = Self::vcpu_place(offset).and_then(|at| self.arena.write_u32(at, value));
     }
 
+    /// Where the world says it has the runtime's gate.
+    pub(crate) fn gate_entry(&self) -> u64 {
+        self.arena.read_u64(offset_of!(Arena, gate_entry) as u64).unwrap_or(0)
+    }
+
     /// Says where the world has its transit page.
     pub(crate) fn set_transit(&self, at: u32) {
         let _in_range = self.arena.write_u64(offset_of!(Arena, transit_at) as u64, u64::from(at));

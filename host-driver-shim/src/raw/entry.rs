@@ -488,3 +488,20 @@ pub(super) unsafe fn interrupted_way(rip: u64, ring3: bool, a: *const Arena) -> 
         }
     }
 }
+
+/// What hostile code might want to jump to.
+pub(super) fn places() -> [u64; 11] {
+    [
+        resume_range().start,
+        return_range().start,
+        address(subring_rc_keyed),
+        address(subring_rc_to_kernel),
+        address(subring_rc_kernel_way),
+        address(subring_rc_to_user),
+        address(subring_rc_user_way),
+        address(subring_rc_syscall_end) - 2,
+        address(subring_rc_restorer),
+        gate_address(),
+        signal_entry_address() as u64,
+    ]
+}

@@ -336,6 +336,14 @@ impl RawWorld {
         self.cpuid_faults
     }
 
+    /// Where pieces of the runtime are in this world that hostile code could jump to, for tests that do.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn runtime_places(&self) -> Vec<u64> {
+        let moved = self.process.arena.gate_entry().wrapping_sub(entry::gate_address());
+        entry::places().iter().map(|at| at.wrapping_add(moved)).collect()
+    }
+
     /// Carries out the queued commands now, without running guest code.
     pub fn flush(&mut self) -> Result<(), WorldError> {
         self.take_back();

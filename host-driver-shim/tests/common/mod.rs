@@ -5,14 +5,21 @@ use std::time::Duration;
 
 use host_driver_shim::code_memory::CodeMemory;
 use host_driver_shim::ram::GuestRam;
-use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld, long_gate};
-use host_driver_shim::world::{Backing, HostSegment, HwRegs, Prot, World, WorldError, WorldExit, WorldLin};
+use host_driver_shim::raw::rc_deliver::CPL;
+use host_driver_shim::raw::{GATE, GATE_REASON, RawEngine, RawWorld, keys, long_gate};
+use host_driver_shim::world::{
+    Backing, HostSegment, HwRegs, KEYED_CODE, KEYED_CODE_SLOT, KEYED_DATA_SLOT, Prot, World, WorldError,
+    WorldExit, WorldLin,
+};
 
 pub(crate) const CODE: u32 = 0x40_0000;
 pub(crate) const DATA: u32 = 0x50_0000;
 pub(crate) const STACK: u32 = 0x60_1000;
 pub(crate) const STUB: u32 = 0xffc0_0000;
 pub(crate) const VCPU: u32 = 0xffc0_1000;
+/// In a keyed world: a page of ring 0's, all bytes of which are [`CANARY`].
+pub(crate) const KERNEL: u32 = 0x70_0000;
+pub(crate) const CANARY: u8 = 0xc9;
 pub(crate) const CS: u16 = 0x23;
 pub(crate) const DS: u16 = 0x2b;
 pub(crate) const EAX: usize = 0;
@@ -51,6 +58,29 @@ impl Guest {
         let guest = Guest::in_world(None, RawEngine::spawn_master);
         guest.put(code);
         guest
+    }
+
+    /// In a keyed world, with this code at [`CODE`] for ring 3, whose pages these are; None, and SKIP, where there are no keys.
+    pub(crate) fn keyed(code: &[u8]) -> Option<Guest> {
+        if let Some(why) = keys::refusal() {
+            println!("SKIP: {why}");
+            return None;
+        }
+        let mut guest = Guest::in_world(None, RawEngine::spawn_keyed);
+        guest.put(code);
+        let world = &mut guest.world;
+        let read_write = Prot::READ | Prot::WRITE | Prot::USER;
+        let page = Backing::Code(guest.code_page);
+        world.map(WorldLin(CODE), 4096, page, Prot::READ | Prot::EXEC | Prot::USER).unwrap();
+        world.map(WorldLin(DATA), 4096, Backing::Ram(0x1000), read_write).unwrap();
+        world.map(WorldLin(STACK - 4096), 4096, Backing::Ram(0x2000), read_write).unwrap();
+        let kernels = Prot::READ | Prot::WRITE;
+        world.map(WorldLin(KERNEL), 4096, Backing::Ram(u64::from(KERNEL)), kernels).unwrap();
+        world.set_segment(KEYED_CODE_SLOT, HostSegment { rw: false, ..flat(0, true) }).unwrap();
+        world.set_segment(KEYED_DATA_SLOT, flat(0, false)).unwrap();
+        world.vcpu_write(CPL, 3);
+        guest.ram.fill(u64::from(KERNEL), 4096, CANARY).unwrap();
+        Some(guest)
     }
 
     fn in_world(cpu: Option<usize>, spawn: impl FnOnce(&RawEngine) -> Result<RawWorld, WorldError>) -> Guest {
@@ -97,6 +127,12 @@ pub(crate) fn regs() -> HwRegs {
     let mut regs = HwRegs { eip: CODE, eflags: 0x202, sel: [DS, CS, DS, DS, 0, 0], ..HwRegs::default() };
     regs.gpr[ESP] = STACK;
     regs
+}
+
+/// The same of ring 3 in a keyed world.
+pub(crate) fn keyed_regs() -> HwRegs {
+    let [es, _, ss, ds, fs, gs] = regs().sel;
+    HwRegs { sel: [es, KEYED_CODE, ss, ds, fs, gs], ..regs() }
 }
 
 /// mov dword ss:[VCPU+GATE_REASON], reason; jmp far ss:[VCPU+GATE]
