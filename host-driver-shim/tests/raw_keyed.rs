@@ -92,32 +92,38 @@ fn sixty_four_bit_code_reaches_nothing_more_and_ends_its_world() {
     }
 }
 
-/// 64-bit code: registers for a jump to `at` as an attacker would like them. If it ever comes back, it writes to ring 0's page.
+/// Where [`jump_to`] says that it has come back: in ring 3's stack page, and in guest RAM.
+const BACK: u32 = STACK - 0xf00;
+const BACK_IN_RAM: u64 = 0x2100;
+/// What it writes.
+const CAME_BACK: u32 = 0x0bad_0bad;
+
+/// 64-bit code: a jump to `at` with registers as an attacker would like them, and on its stack where `ret` or `iretq` would come
+/// back. If one does, it says so, and writes to ring 0's page.
 fn jump_to(at: u64, rax: u64, others: u64) -> Vec<u8> {
+    const BEHIND: u8 = 0xa0;
+    let imm64 = |opcode: [u8; 2], value: u64| [&opcode[..], &value.to_le_bytes()].concat();
     let mut c = Vec::new();
-    // mov rbx/rbp/rsi/rdi/r8/r9/r10/r12, others
+    // rbx, rbp, rsi, rdi, r8, r9
     for opcode in [[0x48, 0xbb], [0x48, 0xbd], [0x48, 0xbe], [0x48, 0xbf], [0x49, 0xb8], [0x49, 0xb9]] {
-        c.extend(opcode);
-        c.extend(others.to_le_bytes());
+        c.extend(imm64(opcode, others));
     }
-    c.extend([0x49, 0xbb]); // mov r11, at
-    c.extend(at.to_le_bytes());
-    // Return addresses on the stack: lea rax, [rip + back]; push rax, some times
-    let back = 0x80u8;
-    c.extend([0x48, 0x8d, 0x05]);
-    let rel = i32::from(back) - (7 + c.len() as i32 + 4);
-    c.extend(rel.to_le_bytes());
-    c.extend([0x50; 8]);
-    c.extend([0x48, 0xb8]);
-    c.extend(rax.to_le_bytes());
+    c.extend(imm64([0x49, 0xbb], at)); // r11
+    // push 2bh; mov eax, STACK - 200h; push rax; push 202h; push 33h; mov eax, back; push rax
+    c.extend([0x6a, 0x2b]);
+    c.extend([mov(0xb8, STACK - 0x200), vec![0x50], mov(0x68, 0x202), vec![0x6a, 0x33]].concat());
+    c.extend([mov(0xb8, CODE + u32::from(BEHIND)), vec![0x50]].concat());
+    c.extend(imm64([0x48, 0xb8], rax));
     c.extend([0x31, 0xc9, 0x31, 0xd2]); // xor ecx, ecx; xor edx, edx
     c.extend([0x41, 0xff, 0xe3]); // jmp r11
-    assert!(c.len() + 7 < usize::from(back));
     let mut code = escape(&c);
-    code.resize(usize::from(back), 0x90);
-    // mov ebx, KERNEL; mov dword [rbx], 0bad0bad0h; jmp $
-    code.extend(mov(0xbb, KERNEL));
-    code.extend([0xc7, 0x03, 0xd0, 0x0b, 0xad, 0x0b, 0xeb, 0xfe]);
+    assert!(code.len() < usize::from(BEHIND));
+    code.resize(usize::from(BEHIND), 0x90);
+    // mov ebx, BACK; mov dword [rbx], ..; mov ebx, KERNEL; mov dword [rbx], ..
+    for at in [BACK, KERNEL] {
+        code.extend([mov(0xbb, at), vec![0xc7, 0x03], CAME_BACK.to_le_bytes().to_vec()].concat());
+    }
+    code.extend([0x0f, 0x0b]); // ud2
     code
 }
 
@@ -127,24 +133,37 @@ fn who_jumps_into_the_runtime_by_himself_gets_nowhere() {
     let Some(first) = Guest::keyed(&[0x90]) else { return };
     let count = first.world.runtime_places().len();
     drop(first);
-    let mmap = libc::SYS_mmap as u64;
-    let sigreturn = libc::SYS_rt_sigreturn as u64;
+    let (mmap, sigreturn) = (libc::SYS_mmap as u64, libc::SYS_rt_sigreturn as u64);
+    let mut back = Vec::new();
     for place in 0..count {
-        for (rax, others) in [(0, u64::from(DATA)), (3, ARENA_VA), (mmap, u64::from(DATA)), (sigreturn, 0)] {
+        for (rax, others) in [
+            (0, u64::from(DATA)),
+            (3, ARENA_VA),
+            (libc::SYS_sched_yield as u64, 0),
+            (mmap, 4096),
+            (sigreturn, 0),
+        ] {
             for offset in 0..24 {
                 let mut g = Guest::keyed(&[]).unwrap();
                 let at = g.world.runtime_places()[place] + offset;
                 g.put(&jump_to(at, rax, others));
                 let mut r = keyed_regs();
+                r.gpr[ESP] = STACK - 0x400; // the runtime reads above its frame
                 let exit = g.world.run(&mut r);
                 assert!(
                     matches!(exit, Err(WorldError::Died(_))),
                     "place {place}+{offset}, rax {rax}: {exit:?}"
                 );
                 assert!(is_untouched(&g), "place {place}+{offset}, rax {rax}");
+                if g.ram.read_u32(BACK_IN_RAM) == Some(CAME_BACK) {
+                    back.push((place, offset));
+                }
             }
         }
     }
+    // Through `iretq` or `ret` of the runtime it may, still without ring 0's page; not behind a system call.
+    assert!(back.contains(&(6, 0)), "{back:?}");
+    assert!(!back.iter().any(|&(place, offset)| place == 8 || place == 7 && offset <= 2), "{back:?}");
 }
 
 /// A mapping of ring 0's page for itself is what an attacker would have the runtime make. Made it may be; used it is not.
