@@ -269,7 +269,7 @@ fn regs(eip: u32, sel: [u16; 6], eax: u32, canary: u32) -> HwRegs {
 
 fn has_keys() -> bool {
     if let Some(why) = raw::keys::refusal() {
-        cache::skip("keyed", &SkipReason(why.into()));
+        cache::skip("keyed", &SkipReason(why));
         return false;
     }
     true

@@ -1,7 +1,7 @@
 //! What this host offers, found out by trying. Nothing here leaves a trace in the calling process.
 
 use crate::kvm::{self, KvmWorth};
-use crate::raw::rc_window;
+use crate::raw::{keys, rc_window};
 use std::ffi::c_long;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -47,6 +47,8 @@ pub struct HostCapabilities {
     pub fsgsbase: Probe,
     /// `userfaultfd`, user mode only, with missing and minor faults of shared memory as signals.
     pub userfaultfd: Probe,
+    /// Memory protection keys, and signals are delivered to code that may not reach key 0 (Linux 6.12).
+    pub protection_keys: Probe,
     /// `/dev/kvm` makes a virtual machine that runs a few instructions of protected mode.
     pub kvm: Probe,
 }
@@ -63,6 +65,7 @@ impl HostCapabilities {
             cpuid_faulting: cpuid_faulting(),
             fsgsbase: fsgsbase(),
             userfaultfd: userfaultfd(),
+            protection_keys: protection_keys(),
             kvm: kvm(),
         }
     }
@@ -294,6 +297,52 @@ fn userfaultfd() -> Probe {
             owned(fd.into()).map_or_else(|e| Probe::Fails(e.to_string()), |_| Probe::Works(String::new()))
         }
         None => Probe::Fails(io::Error::last_os_error().to_string()),
+    }
+}
+
+/// Tries what keyed worlds stand on ([`HostCapabilities::protection_keys`]), in a child process.
+#[must_use]
+pub fn protection_keys() -> Probe {
+    if !keys::cpu_has_them() {
+        return Probe::Fails("the CPU has none, or the kernel does not use them".into());
+    }
+    match in_child(signal_without_key_0) {
+        Ok(Child::Exit(0)) => Probe::Works(String::new()),
+        Ok(Child::Exit(code)) => Probe::Fails(io::Error::from_raw_os_error(code).to_string()),
+        Ok(Child::Signal(_)) => Probe::Fails("no signal reaches code that may not use key 0".into()),
+        Err(error) => Probe::Fails(error.to_string()),
+    }
+}
+
+/// Raises a signal where PKRU forbids key 0, the signal stack's.
+fn signal_without_key_0() -> i32 {
+    extern "C" fn arrived(_: i32) {
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(0) };
+    }
+    const STACK: usize = 256 << 10;
+    // SAFETY: new memory of the child's own; the handler and the stack serve nothing else, all arguments are local and live.
+    // The assembly touches no memory, and nobody needs what comes behind it.
+    unsafe {
+        if libc::syscall(libc::SYS_pkey_alloc, 0, 0) < 0 {
+            return errno(-1);
+        }
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let memory = libc::mmap(std::ptr::null_mut(), STACK, rights, kind, -1, 0);
+        if memory == libc::MAP_FAILED {
+            return errno(-1);
+        }
+        let stack = libc::stack_t { ss_sp: memory, ss_flags: 0, ss_size: STACK };
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = arrived as extern "C" fn(i32) as usize;
+        action.sa_flags = libc::SA_ONSTACK;
+        if libc::sigaltstack(&raw const stack, std::ptr::null_mut()) != 0
+            || libc::sigaction(libc::SIGILL, &raw const action, std::ptr::null_mut()) != 0
+        {
+            return errno(-1);
+        }
+        std::arch::asm!("wrpkru", "ud2", in("eax") keys::USER_PKRU, in("ecx") 0, in("edx") 0, options(noreturn));
     }
 }
 

@@ -44,36 +44,29 @@ const fn loads_pkru(bytes: [u8; 3]) -> bool {
     }
 }
 
-/// Why worlds here cannot be keyed, if they cannot.
-pub fn refusal() -> Option<&'static str> {
+/// The CPU has protection keys and the kernel uses them.
+pub(crate) fn cpu_has_them() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     const OSPKE: u32 = 1 << 4;
-    // SAFETY: CPUID exists on every x86-64 CPU.
-    #[allow(unused_unsafe)]
-    let (most, leaf7) = unsafe { (__cpuid(0).eax, __cpuid_count(7, 0).ecx) };
-    if most < 0xd || leaf7 & OSPKE == 0 {
-        return Some("the CPU has no protection keys, or the host does not use them");
+    __cpuid(0).eax >= 0xd && __cpuid_count(7, 0).ecx & OSPKE != 0
+}
+
+/// Why worlds here cannot be keyed, if they cannot.
+#[must_use]
+pub fn refusal() -> Option<String> {
+    match crate::capabilities::protection_keys() {
+        crate::capabilities::Probe::Works(_) => None,
+        crate::capabilities::Probe::Fails(why) => Some(format!("no memory protection keys: {why}")),
     }
-    // SAFETY: neither touches memory.
-    unsafe {
-        let key = libc::syscall(libc::SYS_pkey_alloc, 0, 0);
-        if key < 0 {
-            return Some("the host gives no protection key");
-        }
-        libc::syscall(libc::SYS_pkey_free, key);
-    }
-    None
 }
 
 /// Takes the key, and notes where signal frames have PKRU. CPUID must not fault yet.
 pub(super) fn set_up() -> Result<(), Refused> {
-    check(refusal().is_none())?;
+    check(cpu_has_them())?;
     // SAFETY: touches no memory.
     let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
     check(key == i64::from(USER_KEY))?;
-    // SAFETY: as in `refusal`.
-    #[allow(unused_unsafe)]
-    let at = unsafe { std::arch::x86_64::__cpuid_count(0xd, XFEATURE_PKRU) }.ebx;
+    let at = std::arch::x86_64::__cpuid_count(0xd, XFEATURE_PKRU).ebx;
     let mut secret = [0u8; 8];
     // SAFETY: the kernel writes 8 bytes.
     check(unsafe { libc::getrandom(secret.as_mut_ptr().cast(), secret.len(), 0) } == 8)?;
@@ -195,3 +188,37 @@ pub(super) fn guard() -> [u64; GUARD_LEN] {
 
 /// How many.
 pub(super) const GUARD_LEN: usize = 11;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_that_loads_pkru_is_overwritten_wherever_it_lies() {
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: new memory.
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), 8192, 7, kind, -1, 0) };
+        assert_ne!(memory, libc::MAP_FAILED);
+        let put = |at: usize, bytes: &[u8]| {
+            // SAFETY: inside the mapping, which nobody else has.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.cast::<u8>().add(at), bytes.len())
+            };
+        };
+        let (wrpkru, xrstor) = ([0x0f, 0x01, 0xef], [0x48, 0x0f, 0xae, 0x6c, 0x24, 0x40]);
+        for at in [1, 4094, 8189] {
+            put(at, &wrpkru);
+        }
+        put(100, &xrstor);
+        put(200, &[0x0f, 0xae, 0xe8]); // lfence
+        let start = memory.expose_provenance() as u64;
+        assert!(disarm_range(start, start + 8192));
+        // SAFETY: as above; disarm_range leaves it readable.
+        let code = unsafe { std::slice::from_raw_parts(memory.cast::<u8>(), 8192) };
+        assert!(!code.windows(3).any(|w| loads_pkru([w[0], w[1], w[2]])));
+        assert_eq!(code.iter().filter(|b| **b == 0xf4).count(), 4);
+        assert_eq!(code[200..203], [0x0f, 0xae, 0xe8]);
+        // SAFETY: the mapping made above; `code` is not used any more.
+        unsafe { libc::munmap(memory, 8192) };
+    }
+}

@@ -305,7 +305,7 @@ impl UserCode {
             put(code, offset, &bytes[..head]);
         }
         self.pages.insert(key, UserPage { offset, map, bytes, whole, unpatchable: false });
-        self.hide_harm(code, key);
+        self.hide_loaders(code, key);
         View::Copy(offset)
     }
 
@@ -412,14 +412,14 @@ impl UserCode {
         {
             put(code, p.offset, &p.bytes[..tail]);
             let next = (next.page_number(), (leaf.frame.0 >> 12) as u32);
-            self.hide_harm(code, next);
+            self.hide_loaders(code, next);
         }
-        self.hide_harm(code, (lin.page_number(), pfn));
+        self.hide_loaders(code, (lin.page_number(), pfn));
         found
     }
 
     /// In a keyed world, sees to it that a copy shows nothing that loads PKRU: the instruction whose bytes those are traps instead.
-    fn hide_harm(&mut self, code: &CodeMemory, key: (u32, u32)) {
+    fn hide_loaders(&mut self, code: &CodeMemory, key: (u32, u32)) {
         if self.keys.is_none() {
             return;
         }
