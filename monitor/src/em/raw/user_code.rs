@@ -562,6 +562,10 @@ impl UserCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::tests::machine;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
 
     #[test]
     fn decoders_fall_into_step_on_code_and_not_on_noise() {
@@ -582,6 +586,64 @@ mod tests {
             assert!(candidate(0x0f, 0xa2) && candidate(0x0f, 0x01));
             assert_ne!(candidate(0xcd, 0x80), int_faults);
             assert!(!candidate(0x0f, 0xaf) && !candidate(0xcd, 0x81) && !candidate(0x90, 0xa2));
+        }
+    }
+
+    /// Pieces of code that load PKRU, nearly do, or do together with their neighbours.
+    const PIECES: [&[u8]; 10] = [
+        &[0x0f, 0x01, 0xef],                         // wrpkru
+        &[0x0f, 0xae, 0x2f],                         // xrstor [edi]
+        &[0xb8, 0x0f, 0x01, 0xef, 0x00],             // mov eax, 00ef010fh
+        &[0x68, 0x0f, 0xae, 0x6f, 0x00],             // push 006fae0fh
+        &[0x01, 0xef],                               // add edi, ebp
+        &[0x04, 0x0f],                               // add al, 0fh
+        &[0xb8, 0x14, 0x00, 0x00, 0x00, 0xcd, 0x80], // mov eax, 14h; int 80h
+        &[0xb8, 0x0f, 0x01, 0xef, 0x00, 0xcd, 0x80],
+        &[0x90],
+        &[0x75, 0x03], // jne
+    ];
+
+    proptest! {
+        #[test]
+        fn no_copy_of_a_keyed_world_loads_pkru(
+            pieces in vec(select(&PIECES[..]), 0..40),
+            at in prop_oneof![Just(0usize), 0..4096usize, 4080..4096usize],
+            entries in vec(0..64usize, 1..6),
+        ) {
+            const PAGE: u32 = 0x8000;
+            let mut m = machine(1);
+            let cpu = CpuState::reset();
+            let code = CodeMemory::new(1 << 20).unwrap();
+            let mut page = [0x90u8; 4096];
+            for (to, from) in page[at..].iter_mut().zip(pieces.concat()) {
+                *to = from;
+            }
+            m.write_ram(GuestPhys(u64::from(PAGE)), &page);
+            let keys = Some(Keys { code: 0x3fff, data: 0x3ff7 });
+            let mut view = UserCode::patching(&Layout::CANDIDATES[0], false, None, keys);
+            let lin = GuestLin(PAGE);
+            let View::Copy(offset) = view.view(&mut m, &cpu, &code, lin, PAGE >> 12) else {
+                panic!("not a copy");
+            };
+            let mut shown = [0u8; 4096];
+            for entry in entries {
+                code.read(offset, &mut shown).unwrap();
+                prop_assert_eq!(loader_in(&shown, |_| false), None);
+                let at = lin.wrapping_add(((at + entry) & 0xfff) as u32);
+                if view.is_unscanned(at, PAGE >> 12) {
+                    view.scan(&mut m, &cpu, &code, at, PAGE >> 12);
+                }
+            }
+            code.read(offset, &mut shown).unwrap();
+            prop_assert_eq!(loader_in(&shown, |_| false), None);
+            // What it shows besides traps and patches is the page's own.
+            let patched = |i: usize| {
+                let at = lin.wrapping_add(i as u32);
+                view.patcher.iter().flat_map(|p| p.patches()).any(|p| p.start <= at && at < p.end())
+            };
+            for (i, (now, own)) in shown.iter().zip(page).enumerate() {
+                prop_assert!(*now == UNSCANNED || *now == own || patched(i), "{:x}", i);
+            }
         }
     }
 }
