@@ -16,7 +16,8 @@ bitflags! {
         /// Instructions may be fetched.
         const EXEC = 4;
         /// Guest ring 3 may do so, too. Without it only ring 0, in worlds that tell rings apart by pages
-        /// ([`SegmentRules::pages`]); and such a ring 0 executes nothing that has it.
+        /// ([`SegmentRules::pages`]); and such a ring 0 executes nothing that has it (with
+        /// [`SegmentRules::keys`] it may).
         const USER = 8;
     }
 }

@@ -146,7 +146,9 @@ impl RawEngine {
                 let space = &mut self.kernels[i];
                 if keyed {
                     // What another process had in its registers is nothing for this one.
-                    (0..TRANSIT_LEN).step_by(4).for_each(|at| space.world.vcpu_write(vp::TRANSIT + at, 0));
+                    let own = (0..TRANSIT_LEN).step_by(4).map(|at| vp::TRANSIT + at);
+                    let all = own.chain([vp::USER_SS_HOST, vp::USER_CS_HOST]);
+                    all.for_each(|at| space.world.vcpu_write(at, 0));
                 }
                 space.role = role;
                 space.published = None;

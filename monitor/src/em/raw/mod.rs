@@ -764,7 +764,12 @@ impl RawEngine {
 
     /// A world of ring 3 alone is gone: it gets another one, and the guest a #GP of the code that ran there, at the last place
     /// known. What does that natively is nothing a guest could do on bare metal.
-    fn ring3_broke_its_world(&mut self, place: Place, cpu: &CpuState, why: &str) -> Result<After, RawError> {
+    fn ring3_broke_its_world(
+        &mut self,
+        place: Place,
+        cpu: &mut CpuState,
+        why: &str,
+    ) -> Result<After, RawError> {
         let fresh = Space::new(self.host.spawn_for_users()?, self.space(place).role);
         self.forbid_entering(0);
         *self.space(place) = fresh;
@@ -775,8 +780,9 @@ impl RawEngine {
         Ok(self.world_is_broken(cpu, why))
     }
 
-    /// Ring 3's world has been replaced: what ring 3 gets.
-    fn world_is_broken(&mut self, cpu: &CpuState, why: &str) -> After {
+    /// Ring 3's world has been replaced: what ring 3 gets. Its FPU state is lost, and what is known may be another program's.
+    fn world_is_broken(&mut self, cpu: &mut CpuState, why: &str) -> After {
+        cpu.fpu = CpuState::reset().fpu;
         log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
         (self.fpu_in, self.kicking) = (None, None);
         self.kick.set(None);
@@ -802,7 +808,8 @@ impl RawEngine {
     }
 
     /// The same as [`Self::ring3_broke_its_world`] for a keyed world. What it held for ring 0 (CR2, the virtual IF) ring 3 could
-    /// not write; ring 3's own registers are lost.
+    /// not write. Ring 3's own registers are lost but for those it was entered with last; what is known of the others may be
+    /// ring 0's.
     fn ring3_broke_a_keyed_world(
         &mut self,
         place: Place,
@@ -813,6 +820,11 @@ impl RawEngine {
         let Place::Kernel(number) = place else { return Err(WorldError::Died(why.into()).into()) };
         self.follow_ring(cpu, number, 3);
         self.ring3_segments(cpu, m, number);
+        let world = &self.kernels[number].world;
+        cpu.gpr = [0; 8];
+        cpu.gpr[4] = world.vcpu_read(vp::USER_SS_HOST);
+        cpu.eip = world.vcpu_read(vp::USER_CS_HOST);
+        cpu.eflags = eflags::FIXED | eflags::IF | cpu.eflags & eflags::IOPL;
         let role = self.kernels[number].role;
         self.kernels[number] = Space::new(self.host.spawn()?, role);
         self.kernels[number].last_used = self.clock;

@@ -436,25 +436,12 @@ impl UserCode {
             return;
         }
         // Patches of the page go first: what they wrote could be part of it.
-        let windows: Vec<_> = self
-            .patcher
-            .iter()
-            .flat_map(|p| p.patches())
-            .filter(|p| p.key == key_of(key.0, key.1))
-            .map(|p| (p.start.page_offset(), p.write.bytes.len(), p.site))
-            .collect();
-        if let Some(page) = self.pages.get_mut(&key) {
-            page.unpatchable = true;
-            for (from, len, site) in windows {
-                put(code, offset + from as u64, &page.bytes[from..from + len]);
-                put(code, offset + site.page_offset() as u64, &[UNSCANNED]);
-            }
-        }
-        self.unpatch(code, key);
+        self.give_up_patches(code, key);
         let base = GuestLin(key.0 << 12);
-        let Some(page) = self.pages.get(&key) else { return };
         while let Some(at) = look(&mut shown) {
             let lin = base.wrapping_add(at as u32);
+            self.trap_what_runs_in(code, key.0.wrapping_sub(1), lin);
+            let Some(page) = self.pages.get(&key) else { return };
             for (start, _) in page.map.overlapping(lin, lin.wrapping_add(1)) {
                 if start.page_base() == base {
                     put(code, offset + start.page_offset() as u64, &[UNSCANNED]);
@@ -462,6 +449,34 @@ impl UserCode {
             }
             put(code, offset + at as u64, &[UNSCANNED]);
         }
+    }
+
+    /// The byte at `lin` is about to trap: an instruction that runs there from the page before, `number`, is to trap as a whole.
+    fn trap_what_runs_in(&mut self, code: &CodeMemory, number: u32, lin: GuestLin) {
+        if lin.page_offset() >= 15 {
+            return; // None is longer.
+        }
+        for (_, page) in self.pages.iter_mut().filter(|(key, _)| key.0 == number) {
+            if std::mem::take(&mut page.whole) {
+                // Not known where its instructions are: from here on they are scanned.
+                put(code, page.offset, &[UNSCANNED; 4096]);
+            }
+            for (start, _) in page.map.overlapping(lin, lin.wrapping_add(1)) {
+                put(code, page.offset + start.page_offset() as u64, &[UNSCANNED]);
+            }
+        }
+    }
+
+    /// Undoes the patches of a page, which gets no others.
+    fn give_up_patches(&mut self, code: &CodeMemory, key: (u32, u32)) {
+        let (Some(patcher), Some(page)) = (&self.patcher, self.pages.get_mut(&key)) else { return };
+        page.unpatchable = true;
+        for p in patcher.patches().filter(|p| p.key == key_of(key.0, key.1)) {
+            let (from, len) = (p.start.page_offset(), p.write.bytes.len());
+            put(code, page.offset + from as u64, &page.bytes[from..from + len]);
+            put(code, page.offset + p.site.page_offset() as u64, &[UNSCANNED]);
+        }
+        self.unpatch(code, key);
     }
 
     /// Makes every system call of a copied page that can do without an exit do without. `new`: instructions just found.
@@ -476,17 +491,7 @@ impl UserCode {
         };
         if new.iter().any(inside) {
             // The jump's bytes would be executed as something else.
-            page.unpatchable = true;
-            let windows: Vec<_> = patcher
-                .patches()
-                .filter(|p| p.key == name)
-                .map(|p| (p.start.page_offset(), p.write.bytes.len(), p.site))
-                .collect();
-            for (from, len, site) in windows {
-                put(code, page.offset + from as u64, &page.bytes[from..from + len]);
-                put(code, page.offset + site.page_offset() as u64, &[UNSCANNED]);
-            }
-            self.unpatch(code, key);
+            self.give_up_patches(code, key);
             return;
         }
         let base = GuestLin(key.0 << 12);
@@ -589,6 +594,47 @@ mod tests {
         }
     }
 
+    /// The view of a keyed world with this code at `at`, guest linear and physical, whose first page is shown.
+    fn keyed_view(m: &mut Machine, code: &CodeMemory, bytes: &[u8], at: u32) -> UserCode {
+        m.write_ram(GuestPhys(u64::from(at)), bytes);
+        let keys = Some(Keys { code: 0x3fff, data: 0x3ff7 });
+        let mut view = UserCode::patching(&Layout::CANDIDATES[0], false, None, keys);
+        assert!(matches!(show(&mut view, m, code, at), View::Copy(_)));
+        view
+    }
+
+    fn show(view: &mut UserCode, m: &mut Machine, code: &CodeMemory, at: u32) -> View {
+        view.view(m, &CpuState::reset(), code, GuestLin(at & !0xfff), at >> 12)
+    }
+
+    fn shown(view: &UserCode, code: &CodeMemory, at: u32) -> [u8; 4096] {
+        let mut page = [0u8; 4096];
+        code.read(view.pages[&(at >> 12, at >> 12)].offset, &mut page).unwrap();
+        page
+    }
+
+    #[test]
+    fn an_instruction_whose_end_in_the_next_page_loads_pkru_traps_where_it_starts() {
+        let (mut m, code) = (machine(1), CodeMemory::new(1 << 20).unwrap());
+        // 8fffh: mov eax, 00ef010fh; ret
+        let mut bytes = vec![0x90; 0x1000];
+        bytes[0xfff] = 0xb8;
+        bytes.extend([0x0f, 0x01, 0xef, 0x00, 0xc3]);
+        let cpu = CpuState::reset();
+        for next_is_first in [false, true] {
+            let mut view = keyed_view(&mut m, &code, &bytes, 0x8000);
+            if next_is_first {
+                show(&mut view, &mut m, &code, 0x9000);
+            }
+            view.scan(&mut m, &cpu, &code, GuestLin(0x8ff0), 8);
+            show(&mut view, &mut m, &code, 0x9000);
+            view.scan(&mut m, &cpu, &code, GuestLin(0x9004), 9);
+            let (before, behind) = (shown(&view, &code, 0x8000), shown(&view, &code, 0x9000));
+            assert_eq!((before[0xfff], loader_in(&behind, |_| false)), (UNSCANNED, None));
+            assert_eq!(behind[4], 0xc3);
+        }
+    }
+
     /// Pieces of code that load PKRU, nearly do, or do together with their neighbours.
     const PIECES: [&[u8]; 10] = [
         &[0x0f, 0x01, 0xef],                         // wrpkru
@@ -611,20 +657,15 @@ mod tests {
             entries in vec(0..64usize, 1..6),
         ) {
             const PAGE: u32 = 0x8000;
-            let mut m = machine(1);
+            let (mut m, code) = (machine(1), CodeMemory::new(1 << 20).unwrap());
             let cpu = CpuState::reset();
-            let code = CodeMemory::new(1 << 20).unwrap();
             let mut page = [0x90u8; 4096];
             for (to, from) in page[at..].iter_mut().zip(pieces.concat()) {
                 *to = from;
             }
-            m.write_ram(GuestPhys(u64::from(PAGE)), &page);
-            let keys = Some(Keys { code: 0x3fff, data: 0x3ff7 });
-            let mut view = UserCode::patching(&Layout::CANDIDATES[0], false, None, keys);
+            let mut view = keyed_view(&mut m, &code, &page, PAGE);
             let lin = GuestLin(PAGE);
-            let View::Copy(offset) = view.view(&mut m, &cpu, &code, lin, PAGE >> 12) else {
-                panic!("not a copy");
-            };
+            let View::Copy(offset) = show(&mut view, &mut m, &code, PAGE) else { panic!("not a copy") };
             let mut shown = [0u8; 4096];
             for entry in entries {
                 code.read(offset, &mut shown).unwrap();
