@@ -22,6 +22,7 @@ const STACK0: u32 = TABLES + 0x800;
 const KERNEL: u32 = 0xc100_0100;
 const STUB: u32 = 0xffc0_0000;
 const VCPU: u32 = 0xffc0_1000;
+const TRANSIT: u32 = 0xffc0_5000;
 const USER_TRAMP: u32 = 0x0100_0000;
 const SECRET: u32 = 0xc9c9_c9c9;
 const HOST_CS: u16 = 0x23;
@@ -73,7 +74,7 @@ fn flat(base: u32, code: bool) -> HostSegment {
 }
 
 fn config(tramp_base: u32) -> Config {
-    let keys = Some(Keys { code: KEYED_CODE, data: KEYED_DATA });
+    let keys = Some(Keys { code: KEYED_CODE, data: KEYED_DATA, transit: TRANSIT });
     Config { tramp_base, tramp_len: 16 << 20, vcpu_base: VCPU, count_inline: true, ring: 3, keys }
 }
 
@@ -144,6 +145,7 @@ impl Rig {
         ram(self.canary, CANARY, Prot::empty(), &mut w);
         ram(TABLES, TABLES.into(), Prot::empty(), &mut w);
         w.place_gate(WorldLin(STUB), WorldLin(VCPU)).unwrap();
+        w.place_transit(WorldLin(TRANSIT)).unwrap();
         self.restore(&mut w);
         w
     }

@@ -469,6 +469,10 @@ pub trait World {
     /// Places the gate stub (one page, 64-bit code reached by `GATE`) and the vCPU page, which the stub uses, at these
     /// linear addresses. Must be called before the first run of a world whose trampolines use the gate.
     fn place_gate(&mut self, stub: WorldLin, vcpu: WorldLin) -> Result<(), WorldError>;
+    /// Places the transit page of a keyed world. Must be called before it first runs.
+    fn place_transit(&mut self, _at: WorldLin) -> Result<(), WorldError> {
+        Ok(())
+    }
     /// Binds the world to one host CPU; an engine whose worlds run on the caller's thread has nothing to do.
     fn pin(&mut self, _cpu: usize) -> Result<(), WorldError> {
         Ok(())

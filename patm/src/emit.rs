@@ -3,7 +3,7 @@
 //! Bytes are position independent until [`Emitter::finish`] is told the address; the length never depends on it.
 
 use crate::map::{EipMap, Finish, Fix, Point};
-use crate::patch::LongGate;
+use crate::patch::{Keys, LongGate};
 use crate::vcpu_page as page;
 use alloc::vec::Vec;
 use csam::pkru::loader_in;
@@ -66,8 +66,10 @@ pub(crate) struct Emitter {
     relocs: Vec<Reloc>,
     labels: Vec<Option<u32>>,
     slow: Vec<Slow>,
-    /// Offsets of the instructions that load PKRU and are meant to, where there must be no others.
-    pkru: Option<Vec<usize>>,
+    /// Where the transit page is, in a keyed world.
+    transit: Option<u32>,
+    /// Offsets of the instructions that load PKRU and are meant to. In a keyed world there must be no others.
+    pkru: Vec<usize>,
     /// The CPL of the code the trampoline stands for, if it is not only ring 0's.
     cpl: Option<u8>,
     /// What the state before the next instruction stands for.
@@ -83,24 +85,31 @@ impl Emitter {
             relocs: Vec::new(),
             labels: Vec::new(),
             slow: Vec::new(),
-            pkru: None,
+            transit: None,
+            pkru: Vec::new(),
             cpl,
             state: Fix::default(),
         }
     }
 
     /// For worlds where ring 3 can jump into the trampoline and must find nothing that loads PKRU but [`Self::wrpkru`].
-    pub(crate) fn keyed(mut self, keyed: bool) -> Self {
-        self.pkru = keyed.then(Vec::new);
+    pub(crate) fn keyed(mut self, keys: Option<Keys>) -> Self {
+        self.transit = keys.map(|keys| keys.transit);
         self
     }
 
     /// Loads PKRU.
     pub(crate) fn wrpkru(&mut self) {
-        if let Some(places) = &mut self.pkru {
-            places.push(self.code.len());
-        }
+        self.pkru.push(self.code.len());
         self.op(&[0x0f, 0x01, 0xef]);
+    }
+
+    /// The linear address of a word of the vCPU page or the transit page.
+    fn place(&self, offset: u32) -> u32 {
+        match (self.transit, offset.checked_sub(page::TRANSIT)) {
+            (Some(transit), Some(into)) => transit.wrapping_add(into),
+            _ => self.vcpu.wrapping_add(offset),
+        }
     }
 
     fn here(&self) -> u32 {
@@ -142,7 +151,7 @@ impl Emitter {
 
     /// `opcode reg, ss:[vcpu + offset]`.
     pub(crate) fn page_op(&mut self, opcode: &[u8], reg: u8, offset: u32) {
-        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        let disp = self.place(offset).to_le_bytes();
         self.op_parts(&[&[0x36], opcode, &[(reg & 7) << 3 | 5], &disp]);
     }
 
@@ -158,18 +167,18 @@ impl Emitter {
 
     /// `mov dword ss:[vcpu + offset], value`.
     pub(crate) fn store_imm(&mut self, offset: u32, value: u32) {
-        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        let disp = self.place(offset).to_le_bytes();
         self.op_parts(&[&[0x36, 0xc7, 0x05], &disp, &value.to_le_bytes()]);
     }
 
     /// `mov esp, vcpu + offset`.
     pub(crate) fn point_esp_at(&mut self, offset: u32) {
-        self.op_parts(&[&[0xb8 | ESP], &self.vcpu.wrapping_add(offset).to_le_bytes()]);
+        self.op_parts(&[&[0xb8 | ESP], &self.place(offset).to_le_bytes()]);
     }
 
     /// `test byte ss:[vcpu + offset], mask`.
     pub(crate) fn test_page_byte(&mut self, offset: u32, mask: u8) {
-        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        let disp = self.place(offset).to_le_bytes();
         self.op_parts(&[&[0x36, 0xf6, 0x05], &disp, &[mask]]);
     }
 
@@ -187,7 +196,7 @@ impl Emitter {
 
     /// `operation dword ss:[vcpu + offset], value` with the operation as in ModRM.reg of opcode 81h.
     pub(crate) fn page_imm(&mut self, operation: u8, offset: u32, value: u32) {
-        let disp = self.vcpu.wrapping_add(offset).to_le_bytes();
+        let disp = self.place(offset).to_le_bytes();
         self.op_parts(&[&[0x36, 0x81, operation << 3 | 5], &disp, &value.to_le_bytes()]);
     }
 
@@ -344,9 +353,7 @@ impl Emitter {
                 Field::Short => field.copy_from_slice(&i8::try_from(rel.cast_signed()).ok()?.to_le_bytes()),
             }
         }
-        match &self.pkru {
-            Some(meant) if loader_in(&self.code, |at| meant.contains(&at)).is_some() => None,
-            _ => Some((self.code, self.map)),
-        }
+        let loads = self.transit.and_then(|_| loader_in(&self.code, |at| self.pkru.contains(&at)));
+        loads.is_none().then_some((self.code, self.map))
     }
 }

@@ -229,7 +229,7 @@ impl Patm {
 
     /// Emits the trampoline of `window`.
     fn emit(&self, window: &Window) -> (Emitter, Vec<SiteRef>) {
-        let mut e = Emitter::new(self.config.vcpu_base, None).keyed(self.config.keys.is_some());
+        let mut e = Emitter::new(self.config.vcpu_base, None).keyed(self.config.keys);
         let mut sites = Vec::new();
         let mut goes_on = true;
         let mut site = |e: &mut Emitter, insn: &Insn, kind: SensitiveKind| {

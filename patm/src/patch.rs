@@ -29,6 +29,8 @@ pub struct Keys {
     pub code: u16,
     /// A flat data segment.
     pub data: u16,
+    /// Linear address of the transit page ([`crate::vcpu_page::TRANSIT`]).
+    pub transit: u32,
 }
 
 impl Keys {

@@ -170,7 +170,7 @@ impl UserPatcher {
         if !self.is_free(key, start, end) {
             return Err(Refusal::Overlap);
         }
-        let mut e = Emitter::new(self.config.vcpu_base, Some(3)).keyed(self.config.keys.is_some());
+        let mut e = Emitter::new(self.config.vcpu_base, Some(3)).keyed(self.config.keys);
         for insn in in_front {
             e.begin(insn.at);
             displace::emit(&mut e, insn);

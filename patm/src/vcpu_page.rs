@@ -143,7 +143,8 @@ pub const REFILL: u32 = 0x3e0;
 pub const USER_FRAME: u32 = 0x3e4;
 /// How many events the engine's own ring 0 has sent to the guest's handlers by itself, ever (wraps). u32.
 pub const REFLECTED: u32 = 0x3f8;
-/// The transit page of a keyed world (see [`crate::Keys`]), as an offset from the vCPU page: all that ring 3 may reach. It holds
+/// Offsets from here on are of the transit page of a keyed world (see [`crate::Keys`]), which lies elsewhere: all that ring 3 may
+/// reach. It holds
 /// what a ring transition still needs, or already has, while PKRU is ring 3's: ring 3's own registers, and nothing else.
 pub const TRANSIT: u32 = 0x2000;
 /// The general registers, eight u32 in encoding order.

@@ -190,7 +190,7 @@ fn load_hardware(m: &mut Machine) {
 }
 
 /// What trampolines of a keyed world go by.
-const KEYS: Keys = Keys { code: HOST_CS3, data: HOST_SS0 };
+const KEYS: Keys = Keys { code: HOST_CS3, data: HOST_SS0, transit: VCPU + page::TRANSIT };
 
 /// `iretd` at `BASE`, patched for a ring 0 that runs in `ring`.
 fn kernel(ring: u8, keys: Option<Keys>) -> (Scanned, Patm) {

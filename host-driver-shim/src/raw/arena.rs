@@ -48,7 +48,7 @@ pub(crate) const COMMANDS: usize = 1024;
 
 /// vCPU page: far pointer of the gate (u32 offset, u16 selector). The same as patm's `vcpu_page::GATE`.
 pub const GATE: u32 = 0x70;
-/// Offset from the vCPU page of the transit page of a keyed world. The same as patm's `vcpu_page::TRANSIT`.
+/// Offsets in the vCPU page from here on are of the transit page of a keyed world. The same as patm's `vcpu_page::TRANSIT`.
 pub const TRANSIT: u32 = 0x2000;
 /// Transit page: where the runtime keeps the `iretq` frame to ring 3, then EAX, ECX, EDX and EDI.
 pub(crate) const TRANSIT_WAY: usize = 0x100;

@@ -756,21 +756,6 @@ impl World for RawWorld {
         self.vcpu_write(GATE + 4, 0x33);
         self.map(vcpu, 4096, Backing::Vcpu, Prot::READ | Prot::WRITE)?;
         self.process.arena.show(stub.0 >> 12, 1, Shown::Other);
-        if self.keyed {
-            let transit = WorldLin(vcpu.0.wrapping_add(TRANSIT));
-            RawWorld::range(transit, 4096)?;
-            self.process.arena.set_transit(transit.0);
-            self.process.arena.show(transit.0 >> 12, 1, Shown::Other);
-            self.push(Command {
-                op: op::MAP,
-                a: transit.0,
-                b: 4096,
-                c: self.prot(Prot::READ | Prot::WRITE | Prot::USER),
-                d: ARENA_FD as u32,
-                reserved: 0,
-                offset: self.process.arena.start() + arena::TRANSIT_OFFSET as u64,
-            })?;
-        }
         self.push(Command {
             op: op::MAP,
             a: stub.0,
@@ -782,6 +767,23 @@ impl World for RawWorld {
         })
     }
 
+    fn place_transit(&mut self, at: WorldLin) -> Result<(), WorldError> {
+        if !self.keyed {
+            return Ok(());
+        }
+        RawWorld::range(at, 4096)?;
+        self.process.arena.set_transit(at.0);
+        self.process.arena.show(at.0 >> 12, 1, Shown::Other);
+        self.push(Command {
+            op: op::MAP,
+            a: at.0,
+            b: 4096,
+            c: self.prot(Prot::READ | Prot::WRITE | Prot::USER),
+            d: ARENA_FD as u32,
+            reserved: 0,
+            offset: self.process.arena.start() + arena::TRANSIT_OFFSET as u64,
+        })
+    }
     fn pin(&mut self, cpu: usize) -> Result<(), WorldError> {
         for thread in std::iter::once(self.process.pid).chain(self.mapper) {
             match set_affinity(thread, cpu) {

@@ -17,6 +17,7 @@ pub(crate) const DATA: u32 = 0x50_0000;
 pub(crate) const STACK: u32 = 0x60_1000;
 pub(crate) const STUB: u32 = 0xffc0_0000;
 pub(crate) const VCPU: u32 = 0xffc0_1000;
+pub(crate) const TRANSIT: u32 = 0xffc0_4000;
 /// In a keyed world: a page of ring 0's, all bytes of which are [`CANARY`].
 pub(crate) const KERNEL: u32 = 0x70_0000;
 pub(crate) const CANARY: u8 = 0xc9;
@@ -78,6 +79,7 @@ impl Guest {
         world.map(WorldLin(KERNEL), 4096, Backing::Ram(u64::from(KERNEL)), kernels).unwrap();
         world.set_segment(KEYED_CODE_SLOT, HostSegment { rw: false, ..flat(0, true) }).unwrap();
         world.set_segment(KEYED_DATA_SLOT, flat(0, false)).unwrap();
+        world.place_transit(WorldLin(TRANSIT)).unwrap();
         world.vcpu_write(CPL, 3);
         guest.ram.fill(u64::from(KERNEL), 4096, CANARY).unwrap();
         Some(guest)

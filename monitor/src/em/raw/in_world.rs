@@ -39,10 +39,13 @@ fn rules(
         let page = |lin: u32| layout.data(GuestLin(lin)).0 >> 12;
         let tramp = layout.code(GuestLin(layout.user_tramp())).0 >> 12;
         keep_out[0] = (page(layout.vcpu), 1);
-        keep_out[1] = (page(layout.gate), 2);
+        keep_out[1] = (page(layout.gate), 1);
         keep_out[2] = (tramp, (USER_TRAMP_LEN + TRAMP_LEN) >> 12);
         for (slot, base) in keep_out[3..].iter_mut().zip(USER_TRAMPS) {
             *slot = (layout.code(GuestLin(base)).0 >> 12, USER_TRAMP_LEN >> 12);
+        }
+        if let Some(transit) = layout.transit {
+            keep_out[3 + USER_TRAMPS.len()] = (page(transit), 1);
         }
     }
     let users_below = if user_cs == 0 { 0 } else { boundary.map_or(0, Boundary::users_below) };

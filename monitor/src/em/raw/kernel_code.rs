@@ -16,7 +16,7 @@ use csam::pkru::loader_in;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, ScanReport};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Keys, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
+use patm::{Config, Location, MapView, Patch, PatchId, Patm, Refusal, Tactic};
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 
@@ -68,7 +68,7 @@ pub struct KernelCode {
     pub patm: Patm,
     count_inline: bool,
     ring: u8,
-    keys: Option<Keys>,
+    keyed: bool,
     pages: HashMap<u32, CodePage>,
     by_frame: HashMap<u32, Vec<u32>>,
     /// The memory of the patches' trampolines.
@@ -157,13 +157,13 @@ fn describe(patch: &Patch) -> String {
 impl KernelCode {
     /// An empty code view; `ring`: the hardware ring it is run in.
     #[must_use]
-    pub fn new(layout: Layout, count_inline: bool, ring: u8, keys: Option<Keys>) -> KernelCode {
+    pub fn new(layout: Layout, count_inline: bool, ring: u8) -> KernelCode {
         KernelCode {
             map: CodeMap::new(CodeSize::Bits32),
-            patm: Self::patm(&layout, count_inline, ring, keys),
+            patm: Self::patm(&layout, count_inline, ring),
             count_inline,
             ring,
-            keys,
+            keyed: layout.transit.is_some(),
             pages: HashMap::new(),
             by_frame: HashMap::new(),
             trampolines: Trampolines::default(),
@@ -179,14 +179,14 @@ impl KernelCode {
         }
     }
 
-    fn patm(layout: &Layout, count_inline: bool, ring: u8, keys: Option<Keys>) -> Patm {
+    fn patm(layout: &Layout, count_inline: bool, ring: u8) -> Patm {
         Patm::new(Config {
             tramp_base: layout.tramp,
             tramp_len: TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
             ring,
-            keys,
+            keys: layout.keys(),
         })
     }
 
@@ -198,7 +198,7 @@ impl KernelCode {
         }
         self.trampolines.free(code);
         let (counts, changes) = (self.counts, self.changes + 1);
-        *self = KernelCode::new(layout, self.count_inline, self.ring, self.keys);
+        *self = KernelCode::new(layout, self.count_inline, self.ring);
         (self.counts, self.changes) = (counts, changes);
     }
 
@@ -497,7 +497,7 @@ impl KernelCode {
 
     /// Where worlds are keyed, sees to it that no copy shows bytes that load PKRU: whatever they are part of is interpreted.
     pub fn hide_pkru_loaders(&mut self, code: &CodeMemory) {
-        if self.keys.is_none() {
+        if !self.keyed {
             return;
         }
         let changed: Vec<u32> =

@@ -1,8 +1,8 @@
 //! Where our own things lie in a world's 4 GiB: the code view, the trampolines, the vCPU page and the gate.
 
 use csam::GuestLin;
-use host_driver_shim::raw::TRANSIT;
-use host_driver_shim::world::WorldLin;
+use host_driver_shim::world::{KEYED_CODE, KEYED_DATA, WorldLin};
+use patm::Keys;
 
 /// The reservations of a world. They are ours to move: nothing in the guest knows them.
 ///
@@ -22,6 +22,8 @@ pub struct Layout {
     pub gate: u32,
     /// So many bytes in front of the data at guest linear 0 are the engine's own, in every world.
     pub hole: u32,
+    /// The transit page of keyed worlds, as a guest data address.
+    pub transit: Option<u32>,
 }
 
 /// Bytes reserved for trampolines of ring-0 code.
@@ -39,13 +41,55 @@ impl Layout {
     /// Trampolines are where no kernel has code, at a distance from c1000000 that makes the highest byte of a jump's
     /// displacement trap ([`patm::good_bases`]).
     pub const CANDIDATES: [Layout; 6] = [
-        Layout { delta: 0x5000_0000, tramp: 0xaf00_0000, vcpu: 0x9d00_0000, gate: 0x9d00_1000, hole: 0 },
-        Layout { delta: 0x7000_0000, tramp: 0xaf00_0000, vcpu: 0x7c80_0000, gate: 0x7c80_1000, hole: 0 },
-        Layout { delta: 0x9000_0000, tramp: 0xa700_0000, vcpu: 0x5c40_0000, gate: 0x5c40_1000, hole: 0 },
-        Layout { delta: 0x5c00_0000, tramp: 0xa700_0000, vcpu: 0x8dc0_0000, gate: 0x8dc0_1000, hole: 0 },
-        Layout { delta: 0xac00_0000, tramp: 0xaf00_0000, vcpu: 0x3d00_0000, gate: 0x3d00_1000, hole: 0 },
+        Layout {
+            delta: 0x5000_0000,
+            tramp: 0xaf00_0000,
+            vcpu: 0x9d00_0000,
+            gate: 0x9d00_1000,
+            hole: 0,
+            transit: None,
+        },
+        Layout {
+            delta: 0x7000_0000,
+            tramp: 0xaf00_0000,
+            vcpu: 0x7c80_0000,
+            gate: 0x7c80_1000,
+            hole: 0,
+            transit: None,
+        },
+        Layout {
+            delta: 0x9000_0000,
+            tramp: 0xa700_0000,
+            vcpu: 0x5c40_0000,
+            gate: 0x5c40_1000,
+            hole: 0,
+            transit: None,
+        },
+        Layout {
+            delta: 0x5c00_0000,
+            tramp: 0xa700_0000,
+            vcpu: 0x8dc0_0000,
+            gate: 0x8dc0_1000,
+            hole: 0,
+            transit: None,
+        },
+        Layout {
+            delta: 0xac00_0000,
+            tramp: 0xaf00_0000,
+            vcpu: 0x3d00_0000,
+            gate: 0x3d00_1000,
+            hole: 0,
+            transit: None,
+        },
         // For kernels low in memory, without paging, with up to 3 GiB of RAM.
-        Layout { delta: 0x1000_0000, tramp: 0xdf00_0000, vcpu: 0xc500_0000, gate: 0xc500_1000, hole: 0 },
+        Layout {
+            delta: 0x1000_0000,
+            tramp: 0xdf00_0000,
+            vcpu: 0xc500_0000,
+            gate: 0xc500_1000,
+            hole: 0,
+            transit: None,
+        },
     ];
 
     /// The same with the trampolines where the highest displacement byte of a jump from code at `top` << 24 traps.
@@ -59,6 +103,7 @@ impl Layout {
             *base < 0xc000_0000
                 && apart(self.delta.wrapping_sub(self.hole), self.hole)
                 && apart(place, 3 * 4096)
+                && self.transit.is_none_or(|at| apart(self.data(GuestLin(at)).0, 4096))
                 && USER_TRAMPS.iter().all(|user| apart(*user, USER_TRAMP_LEN))
         };
         match patm::good_bases(top).find(fits) {
@@ -118,15 +163,23 @@ impl Layout {
     pub fn is_engines(&self, at: WorldLin) -> bool {
         self.delta.wrapping_sub(1).wrapping_sub(at.0) < self.hole
     }
-    /// The transit page of keyed worlds, as a guest data address: right behind the gate.
+    /// The same for keyed worlds. Ring 3 finds the transit page without a fault, so it is where its memory is not: the last page
+    /// but one, where Linux has nothing either (a hole of its fixmap; the last one is what a pointer of -1 means). In arrangements
+    /// that are tried later it is behind the gate.
     #[must_use]
-    pub fn transit(&self) -> u32 {
-        self.vcpu.wrapping_add(TRANSIT)
+    pub fn keyed(self, tried: usize) -> Layout {
+        let transit = if tried % Self::CANDIDATES.len() < 3 { 0xffff_e000 } else { self.vcpu + 0x2000 };
+        Layout { transit: Some(transit), ..self }
+    }
+    /// What trampolines of keyed worlds go by.
+    #[must_use]
+    pub fn keys(&self) -> Option<Keys> {
+        self.transit.map(|transit| Keys { code: KEYED_CODE, data: KEYED_DATA, transit })
     }
     /// A data access at `lin` would hit the vCPU page, the gate or the trampolines.
     #[must_use]
     pub fn reserved(&self, lin: GuestLin) -> bool {
         let page = lin.0 & !0xfff;
-        page == self.vcpu || page == self.gate || page == self.transit() || self.behind_trampolines(lin)
+        page == self.vcpu || page == self.gate || self.transit == Some(page) || self.behind_trampolines(lin)
     }
 }

@@ -38,8 +38,8 @@ use host_driver_shim::raw;
 use host_driver_shim::ring1::Ring1Engine;
 use host_driver_shim::tsc::read as host_tsc;
 use host_driver_shim::world::{
-    Backing, HwRegs, KEYED_CODE, KEYED_DATA, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules,
-    World, WorldError, WorldExit, WorldLin,
+    Backing, HwRegs, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World, WorldError,
+    WorldExit, WorldLin,
 };
 use iced_x86::{Code, Instruction};
 use joint::Boundary;
@@ -48,7 +48,7 @@ use joint::{FEW_JOINT_SPACES, MAX_JOINT_SPACES};
 use kernel_code::KernelCode;
 use layout::Layout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use patm::{Keys, Location, LongGate, ReasonKind, VcpuWords, vcpu_page as vp};
+use patm::{Location, LongGate, ReasonKind, VcpuWords, vcpu_page as vp};
 use segments::Transitions;
 use space::{Descriptors, For, Role, Space, Whose};
 use std::collections::{HashMap, VecDeque};
@@ -419,12 +419,12 @@ impl RawEngine {
     ) -> Result<RawEngine, RawError> {
         let rules = host.segments();
         let layout = Layout { hole: rules.hole, ..Layout::CANDIDATES[0] };
+        let layout = if rules.keys { layout.keyed(0) } else { layout };
         host.settle(WorldLin(layout.delta))?;
         // Ring 0 must not run what is shown to ring 3 as it is: if it does so by limits alone, that is a known gap.
         let isolation = if rules.ring0 != 3 && !rules.pages { Isolation::Worlds } else { isolation };
-        let keys = rules.keys.then_some(Keys { code: KEYED_CODE, data: KEYED_DATA });
         let isolation = match isolation {
-            _ if keys.is_some() => Isolation::Limits,
+            _ if rules.keys => Isolation::Limits,
             Isolation::Strict => Isolation::Worlds,
             other => other,
         };
@@ -449,15 +449,15 @@ impl RawEngine {
             boundary: Boundary::at_first(isolation),
             descriptors,
             clock: 0,
-            kernel_code: KernelCode::new(layout, count_inline, rules.ring0, keys),
+            kernel_code: KernelCode::new(layout, count_inline, rules.ring0),
             user_code: match long_gate {
-                Some(_) => UserCode::patching(&layout, count_inline, long_gate, None),
+                Some(_) => UserCode::patching(&Layout { transit: None, ..layout }, count_inline, long_gate),
                 None => UserCode::new(rules.int_faults),
             },
             joint_code: if rules.int_faults {
                 UserCode::new(true)
             } else {
-                UserCode::patching(&layout, count_inline, None, keys)
+                UserCode::patching(&layout, count_inline, None)
             },
             count_inline,
             transitions: Transitions::default(),

@@ -13,6 +13,9 @@ impl RawEngine {
             space.world.set_segment(slot, segment)?;
         }
         space.world.place_gate(self.layout.data(gate), self.layout.data(vcpu))?;
+        if let Some(transit) = self.layout.transit {
+            space.world.place_transit(self.layout.data(GuestLin(transit)))?;
+        }
         for (lin, offset) in self.kernel_code.trampolines.pages().chain(self.joint_code.trampolines.pages()) {
             space.show_trampoline(lin, offset, &self.layout)?;
         }
@@ -122,8 +125,9 @@ impl RawEngine {
     ) -> bool {
         Self::hides_behind_code(m, cpu, layout, code, supervisor)
             || supervisor
-                && [layout.vcpu, layout.gate, layout.transit(), layout.tramp, layout.tramp_as_data()]
+                && [layout.vcpu, layout.gate, layout.tramp, layout.tramp_as_data()]
                     .into_iter()
+                    .chain(layout.transit)
                     .any(|at| peek(m, cpu, GuestLin(at)).is_some_and(|l| m.is_ram(l.frame)))
     }
 
@@ -136,8 +140,9 @@ impl RawEngine {
         supervisor: bool,
     ) -> bool {
         let place = layout.code(code.page_base());
-        let ours = [layout.vcpu, layout.gate, layout.transit()]
+        let ours = [layout.vcpu, layout.gate]
             .into_iter()
+            .chain(layout.transit)
             .any(|at| layout.data(GuestLin(at)) == place);
         layout.is_engines(place)
             || supervisor && ours
@@ -186,6 +191,7 @@ impl RawEngine {
     /// Arrangement number `i`, with the trampolines at a good distance from the guest kernel.
     fn candidate(&self, i: usize) -> Layout {
         let layout = Layout { hole: self.layout.hole, ..Layout::CANDIDATES[i % Layout::CANDIDATES.len()] };
+        let layout = if self.layout.transit.is_some() { layout.keyed(i) } else { layout };
         self.code_top.map_or(layout, |top| layout.near(top))
     }
 

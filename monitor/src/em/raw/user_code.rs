@@ -20,7 +20,7 @@ use csam::pkru::loader_in;
 use csam::{CodeMap, CodeSize, GuestLin, GuestPhys, ScanOptions, SensitiveKind};
 use host_driver_shim::code_memory::CodeMemory;
 use iced_x86::{Decoder, DecoderOptions};
-use patm::{Config, Fix, Keys, LongGate, UserPatch, UserPatcher};
+use patm::{Config, Fix, LongGate, UserPatch, UserPatcher};
 use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Pages remembered as to be copied. Past this they are forgotten and found again.
@@ -65,7 +65,7 @@ pub struct UserCode {
     /// For confined worlds: how they leave.
     long_gate: Option<LongGate>,
     /// For keyed worlds: every page is a copy, and none shows code that loads PKRU.
-    keys: Option<Keys>,
+    keyed: bool,
     /// `int n` raises an exception by itself that says n.
     int_faults: bool,
     /// The memory of the patches' trampolines.
@@ -144,19 +144,14 @@ impl UserCode {
     /// For joint worlds with this layout, where system calls are done in line; with `long_gate`, for confined ones, where they
     /// leave by it.
     #[must_use]
-    pub fn patching(
-        layout: &Layout,
-        count_inline: bool,
-        long_gate: Option<LongGate>,
-        keys: Option<Keys>,
-    ) -> UserCode {
+    pub fn patching(layout: &Layout, count_inline: bool, long_gate: Option<LongGate>) -> UserCode {
         let mut patcher = UserPatcher::new(Config {
             tramp_base: layout.user_tramp(),
             tramp_len: USER_TRAMP_LEN,
             vcpu_base: layout.vcpu,
             count_inline,
             ring: 3,
-            keys,
+            keys: layout.keys(),
         });
         for base in USER_TRAMPS {
             patcher = patcher.with_region(base, USER_TRAMP_LEN);
@@ -164,7 +159,7 @@ impl UserCode {
         if let Some(gate) = long_gate {
             patcher = patcher.leaving_by(gate);
         }
-        UserCode { patcher: Some(patcher), long_gate, keys, ..UserCode::default() }
+        UserCode { patcher: Some(patcher), long_gate, keyed: layout.transit.is_some(), ..UserCode::default() }
     }
 
     /// Whether anything is patched.
@@ -230,7 +225,7 @@ impl UserCode {
         if let Some(p) = self.pages.get(&key) {
             return Some(View::Copy(p.offset));
         }
-        if self.keys.is_some() {
+        if self.keyed {
             return None;
         }
         let mut bytes = [0u8; 4096];
@@ -285,7 +280,7 @@ impl UserCode {
             self.drop_page(m, code, oldest);
         }
         let Some(offset) = code.alloc() else { return View::NoMemory };
-        let whole = self.keys.is_some()
+        let whole = self.keyed
             && loader_in(&bytes[..], |_| false).is_none()
             && self.may_be_shown_whole(m, cpu, lin, pfn, &bytes);
         put(code, offset, if whole { &bytes[..] } else { &[UNSCANNED; 4096] });
@@ -420,7 +415,7 @@ impl UserCode {
 
     /// In a keyed world, sees to it that a copy shows nothing that loads PKRU: the instruction whose bytes those are traps instead.
     fn hide_loaders(&mut self, code: &CodeMemory, key: (u32, u32)) {
-        if self.keys.is_none() {
+        if !self.keyed {
             return;
         }
         let Some(page) = self.pages.get(&key).filter(|p| !p.whole) else { return };
@@ -534,7 +529,8 @@ impl UserCode {
         self.trampolines.free(code);
         let (looked_at, copied) = (self.looked_at, self.copied);
         let fresh = match self.patcher {
-            Some(_) => UserCode::patching(layout, count_inline, self.long_gate, self.keys),
+            Some(_) if self.keyed => UserCode::patching(layout, count_inline, None),
+            Some(_) => UserCode::patching(&Layout { transit: None, ..*layout }, count_inline, self.long_gate),
             None => UserCode::new(self.int_faults),
         };
         *self = UserCode { looked_at, copied, ..fresh };
@@ -597,8 +593,7 @@ mod tests {
     /// The view of a keyed world with this code at `at`, guest linear and physical, whose first page is shown.
     fn keyed_view(m: &mut Machine, code: &CodeMemory, bytes: &[u8], at: u32) -> UserCode {
         m.write_ram(GuestPhys(u64::from(at)), bytes);
-        let keys = Some(Keys { code: 0x3fff, data: 0x3ff7 });
-        let mut view = UserCode::patching(&Layout::CANDIDATES[0], false, None, keys);
+        let mut view = UserCode::patching(&Layout::CANDIDATES[0].keyed(0), false, None);
         assert!(matches!(show(&mut view, m, code, at), View::Copy(_)));
         view
     }

@@ -6,15 +6,15 @@ const AT: u32 = 0x2000;
 
 /// A code view that has scanned this code.
 fn scanned(bytes: &[u8]) -> (KernelCode, CodeMemory) {
-    scanned_with(bytes, None)
+    scanned_with(bytes, Layout::CANDIDATES[0])
 }
 
-fn scanned_with(bytes: &[u8], keys: Option<Keys>) -> (KernelCode, CodeMemory) {
+fn scanned_with(bytes: &[u8], layout: Layout) -> (KernelCode, CodeMemory) {
     let mut m = machine(1);
     let code = CodeMemory::new(1 << 20).unwrap();
     let cpu = CpuState::reset();
     m.write_ram(GuestPhys(u64::from(AT)), bytes);
-    let mut view = KernelCode::new(Layout::CANDIDATES[0], false, 3, keys);
+    let mut view = KernelCode::new(layout, false, 3);
     view.page(&mut m, &code, GuestLin(AT), AT >> 12).unwrap();
     view.scan(&mut m, &code, &cpu, GuestLin(AT));
     (view, code)
@@ -54,8 +54,7 @@ fn the_kernels_own_instructions_that_load_pkru_are_not_shown_to_rings_that_share
         0x01, 0xef, // 10h: add edi, ebp
         0xc3, // ret
     ];
-    let keys = Some(Keys { code: 0x3fff, data: 0x3ff7 });
-    let (mut view, code) = scanned_with(&bytes, keys);
+    let (mut view, code) = scanned_with(&bytes, Layout::CANDIDATES[0].keyed(0));
     let shown = |view: &KernelCode| {
         let mut page = [0u8; 4096];
         code.read(view.copy_of(GuestLin(AT), AT >> 12).unwrap(), &mut page).unwrap();
