@@ -163,12 +163,12 @@ impl Layout {
     pub fn is_engines(&self, at: WorldLin) -> bool {
         self.delta.wrapping_sub(1).wrapping_sub(at.0) < self.hole
     }
-    /// The same for keyed worlds. Ring 3 finds the transit page without a fault, so it is where its memory is not: the last page
-    /// but one, where Linux has nothing either (a hole of its fixmap; the last one is what a pointer of -1 means). In arrangements
-    /// that are tried later it is behind the gate.
+    /// The same for keyed worlds. Ring 3 finds the transit page without a fault, so it is where its memory is not: in the last
+    /// page but two, which Linux has for early consoles (the last one is what a pointer of -1 means, the one before has been a vDSO).
+    /// In arrangements that are tried later it is behind the gate.
     #[must_use]
     pub fn keyed(self, tried: usize) -> Layout {
-        let transit = if tried % Self::CANDIDATES.len() < 3 { 0xffff_e000 } else { self.vcpu + 0x2000 };
+        let transit = if tried % Self::CANDIDATES.len() < 3 { 0xffff_d000 } else { self.vcpu + 0x2000 };
         Layout { transit: Some(transit), ..self }
     }
     /// What trampolines of keyed worlds go by.
