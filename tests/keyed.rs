@@ -60,19 +60,6 @@ struct Rig {
     pages: [u64; 6],
 }
 
-fn flat(base: u32, code: bool) -> HostSegment {
-    HostSegment {
-        base,
-        limit: 0xf_ffff,
-        limit_in_pages: true,
-        code,
-        big: true,
-        expand_down: false,
-        rw: !code,
-        ring: 3,
-    }
-}
-
 fn config(tramp_base: u32) -> Config {
     let keys = Some(Keys { code: KEYED_CODE, data: KEYED_DATA, transit: TRANSIT });
     Config { tramp_base, tramp_len: 16 << 20, vcpu_base: VCPU, count_inline: true, ring: 3, keys }
@@ -120,10 +107,10 @@ impl Rig {
     fn world(&self) -> RawWorld {
         let mut w = self.engine.spawn_keyed().unwrap();
         for (slot, segment) in [
-            (KEYED_CODE_SLOT, flat(0, true)),
-            (KEYED_DATA_SLOT, flat(0, false)),
-            (ODD_DATA_SLOT, flat(self.canary.wrapping_sub(VCPU), false)),
-            (NEAR_DATA_SLOT, flat(self.canary, false)),
+            (KEYED_CODE_SLOT, HostSegment::flat(0, true)),
+            (KEYED_DATA_SLOT, HostSegment::flat(0, false)),
+            (ODD_DATA_SLOT, HostSegment::flat(self.canary.wrapping_sub(VCPU), false)),
+            (NEAR_DATA_SLOT, HostSegment::flat(self.canary, false)),
         ] {
             w.set_segment(slot, segment).unwrap();
         }
@@ -339,7 +326,7 @@ fn no_byte_of_a_trampoline_is_a_way_to_ring_0s_memory() {
                         let mut r = regs(at + offset, sel, eax, rig.canary);
                         if code == CODE16_SLOT << 3 | 7 {
                             // EIP is 16 bits wide there.
-                            let segment = HostSegment { big: false, ..flat(at, true) };
+                            let segment = HostSegment { big: false, ..HostSegment::flat(at, true) };
                             w.set_segment(CODE16_SLOT, segment).unwrap();
                             r.eip = offset;
                             if data == NEAR_DATA {

@@ -157,6 +157,23 @@ pub struct HostSegment {
     pub ring: u8,
 }
 
+impl HostSegment {
+    /// 32-bit, of ring 3, from `base` on over all 4 GiB: code that can only be executed, or data that can be written.
+    #[must_use]
+    pub const fn flat(base: u32, code: bool) -> HostSegment {
+        HostSegment {
+            base,
+            limit: 0xf_ffff,
+            limit_in_pages: true,
+            code,
+            big: true,
+            expand_down: false,
+            rw: !code,
+            ring: 3,
+        }
+    }
+}
+
 bitflags! {
     /// How a world may fill its own shadow misses, and the paging mode its walk needs.
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

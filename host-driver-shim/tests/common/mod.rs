@@ -193,16 +193,7 @@ pub(crate) fn argument(which: usize, value: u64) -> Vec<u8> {
 pub(crate) const GP: WorldExit = WorldExit::Fault { vector: 13, error_code: 0, cr2: 0 };
 
 pub(crate) fn flat(base: u32, code: bool) -> HostSegment {
-    HostSegment {
-        base,
-        limit: 0xf_ffff,
-        limit_in_pages: true,
-        code,
-        big: true,
-        expand_down: false,
-        rw: true,
-        ring: 3,
-    }
+    HostSegment { rw: true, ..HostSegment::flat(base, code) }
 }
 
 /// Whether this host lets an ordinary process have an LDT; says SKIP if not.

@@ -500,9 +500,19 @@ impl KernelCode {
         if !self.keyed {
             return;
         }
-        let changed: Vec<u32> =
-            self.pages.iter().filter(|(_, page)| page.changed.take()).map(|(number, _)| *number).collect();
-        for number in changed {
+        // What is done to one page may change its neighbours.
+        for _ in 0..LOADERS {
+            let changed = self.pages.iter().filter(|(_, page)| page.changed.take());
+            let changed: Vec<u32> = changed.map(|(number, _)| *number).collect();
+            if changed.is_empty() {
+                break;
+            }
+            self.hide_pkru_loaders_in(code, &changed);
+        }
+    }
+
+    fn hide_pkru_loaders_in(&mut self, code: &CodeMemory, pages: &[u32]) {
+        for &number in pages {
             for _ in 0..LOADERS {
                 let Some(at) = self.shown_loader(code, number) else { break };
                 let orphans = self.trap_overlapping(code, at);

@@ -27,17 +27,8 @@ impl RawEngine {
         if !self.descriptors.rules().keys {
             return Vec::new();
         }
-        let flat = |base, code| HostSegment {
-            base,
-            limit: 0xf_ffff,
-            limit_in_pages: true,
-            code,
-            big: true,
-            expand_down: false,
-            rw: !code,
-            ring: 3,
-        };
-        vec![(KEYED_CODE_SLOT, flat(0, true)), (KEYED_DATA_SLOT, flat(self.layout.delta, false))]
+        let (code, data) = (HostSegment::flat(0, true), HostSegment::flat(self.layout.delta, false));
+        vec![(KEYED_CODE_SLOT, code), (KEYED_DATA_SLOT, data)]
     }
 
     /// Puts the trampolines into a world of ring 3 alone.
