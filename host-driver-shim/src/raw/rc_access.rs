@@ -15,7 +15,9 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::arena::{Arena, RAM_VA};
 use super::rc_fill::{Places, Ram};
-use super::rc_walk::{right, walk};
+use super::fill::NO_FAULT;
+use super::rc_walk::{Access, refusal, right, walk};
+use super::rc_window;
 use super::signal::GENERAL;
 use crate::shared::{copy, fill_words};
 use crate::world::FillMode;
@@ -255,6 +257,10 @@ fn decode(bytes: &Bytes) -> Option<(Action, u32)> {
             let to = Value::Register(usize::from(first & 7));
             return Some((Action::Move(to, Value::Immediate(bytes.word(1)?)), 5));
         }
+        (0x00..=0x3f, _) if first & 7 == 5 => {
+            let value = Value::Immediate(bytes.word(1)?);
+            return Some((Action::Two(Operation::numbered(first >> 3)?, eax, value), 5));
+        }
         (0x40..=0x4f, _) => return Some((Action::Count(usize::from(first & 7), first & 8 != 0), 1)),
         (0x90, _) => return Some((Action::Nothing, 1)),
         _ => {}
@@ -377,14 +383,30 @@ impl Cpu<'_> {
     }
 }
 
-/// Guest memory with ring 0's rights.
+/// Guest memory with the rights of a ring.
 struct Memory<'a> {
     ram: &'a Ram,
     places: Places<'a>,
-    known: &'a [Fleeting; FLEETING],
+    of: Whose<'a>,
+}
+
+/// Whose accesses, and to which pages.
+#[derive(Clone, Copy)]
+enum Whose<'a> {
+    /// Ring 0's, to pages that are mapped for a moment only.
+    Ring0(&'a [Fleeting; FLEETING]),
+    /// Ring 3's, to this guest linear page.
+    Ring3(u32),
 }
 
 impl Memory<'_> {
+    /// Accesses to this guest linear address are done here.
+    fn fits(&self, lin: u32) -> bool {
+        match self.of {
+            Whose::Ring0(known) => is_fleeting(known, lin >> 12),
+            Whose::Ring3(page) => lin >> 12 == page,
+        }
+    }
     /// The guest physical address of `lin`; A and D are set as the processor would. Code, devices and what is not the kernel's own
     /// are none of ours.
     fn at(&self, lin: u32, write: bool) -> Option<u64> {
@@ -392,8 +414,9 @@ impl Memory<'_> {
         if self.places.is_taken(lin.wrapping_add(rules.delta) >> 12) {
             return None;
         }
-        let page = walk(self.ram, rules, lin, write, false)?;
-        let fits = page.rights & right::USER == 0
+        let user = matches!(self.of, Whose::Ring3(_));
+        let page = walk(self.ram, rules, lin, write, user)?;
+        let fits = (page.rights & right::USER != 0) == user
             && self.ram.holds(page.frame >> 12)
             && !(write && self.ram.is_watched(page.frame >> 12));
         fits.then_some(page.frame | u64::from(lin & 0xfff))
@@ -433,37 +456,110 @@ pub(crate) unsafe fn perform(
     if !ring0 || !is_due(known, lin >> 12) || ds != ss || es != ss {
         return false;
     }
-    let mut cpu = Cpu { gregs };
-    if cpu.flags() & TF != 0 {
-        return false;
-    }
     // SAFETY: by contract.
     let rules = unsafe { (&raw const (*a).fill.rules).read_volatile() };
     let ram = Ram { pages: area.ram_pages.load(Relaxed) };
     let places = Places { rules: &rules, foreign: &area.foreign };
-    let memory = Memory { ram: &ram, places, known };
-    let first = cpu.eip() >> 12;
-    let mut faulted = Some(lin);
-    for _ in 0..STEPS {
-        let eip = cpu.eip();
-        if eip & 0xfff > 0x1000 - LENGTH || eip >> 12 != first {
-            break;
-        }
-        let mut bytes = Bytes([0; LENGTH as usize]);
-        let code: *const u8 = std::ptr::with_exposed_provenance(eip as usize);
-        // SAFETY: they lie in the page an instruction was fetched from, which is readable like all a world has mapped.
-        unsafe { copy(code, bytes.0.as_mut_ptr(), bytes.0.len()) };
-        let Some((action, len)) = decode(&bytes) else { break };
-        if step(&mut cpu, &memory, (action, len), faulted).is_none() {
-            break;
-        }
-        faulted = None;
-    }
-    let done = faulted.is_none();
+    let memory = Memory { ram: &ram, places, of: Whose::Ring0(known) };
+    // SAFETY: by contract.
+    let done = unsafe { go_on(&mut Cpu { gregs }, &memory, lin) };
     if done {
         area.accessed.store(area.accessed.load(Relaxed).wrapping_add(1), Relaxed);
     }
     done
+}
+
+/// What [`read_before_write`] has done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Read {
+    /// Nothing: nothing has changed (but A bits).
+    Nothing,
+    /// The read and perhaps more; the frame's registers are those behind it.
+    Done,
+    /// As `Done`; the next instruction is a write that the guest's tables do not allow. The guest is to see this error code and
+    /// guest linear address.
+    Refused { error_code: u32, lin: u32 },
+}
+
+/// Does ring 3's read that faulted at world address `cr2` and a few plain instructions behind it, if the page is one that is
+/// expected to be written to, which the guest will answer with a copy of it: then it need not be mapped for the read.
+///
+/// # Safety
+/// As [`perform`].
+pub(crate) unsafe fn read_before_write(
+    a: *mut Arena,
+    gregs: &mut [i64; 23],
+    cr2: u32,
+    [cs, ss, es, ds]: [u16; 4],
+) -> Read {
+    if !rc_window::windows().expects(cr2 >> 12) {
+        return Read::Nothing;
+    }
+    // SAFETY: by contract; everything in the fill area but the rules is atomic.
+    let (area, rules) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
+    let ring3 = rules.user_cs == u32::from(cs) && rules.mode.contains(FillMode::ENABLED | FillMode::SUPERVISOR);
+    if !ring3 || ds != ss || es != ss {
+        return Read::Nothing;
+    }
+    let lin = cr2.wrapping_sub(rules.delta);
+    let ram = Ram { pages: area.ram_pages.load(Relaxed) };
+    let places = Places { rules: &rules, foreign: &area.foreign };
+    let memory = Memory { ram: &ram, places, of: Whose::Ring3(lin >> 12) };
+    let mut cpu = Cpu { gregs };
+    // SAFETY: by contract.
+    if !unsafe { go_on(&mut cpu, &memory, lin) } {
+        return Read::Nothing;
+    }
+    area.accessed.store(area.accessed.load(Relaxed).wrapping_add(1), Relaxed);
+    area.last.store(NO_FAULT, Relaxed);
+    // SAFETY: by contract: the same page as before.
+    let next = unsafe { fetch(cpu.eip(), cpu.eip() >> 12) }.and_then(|bytes| decode(&bytes)?.0.memory());
+    let Some(lin) = next.filter(|(_, write)| *write).map(|(address, _)| cpu.lin(address)) else {
+        return Read::Done;
+    };
+    let access = Access { write: true, user: true, fetch: false };
+    match refusal(&ram, &rules, lin, access).filter(|_| memory.fits(lin)) {
+        Some(error_code) => Read::Refused { error_code, lin },
+        None => Read::Done,
+    }
+}
+
+/// Does the access that faulted at guest linear `lin` and a few plain instructions behind it, as far as `memory` has it.
+/// False: nothing has changed (but A and D bits).
+///
+/// # Safety
+/// Where `cpu` is, an instruction was fetched from.
+unsafe fn go_on(cpu: &mut Cpu<'_>, memory: &Memory<'_>, lin: u32) -> bool {
+    if cpu.flags() & TF != 0 {
+        return false;
+    }
+    let first = cpu.eip() >> 12;
+    let mut faulted = Some(lin);
+    for _ in 0..STEPS {
+        // SAFETY: by contract.
+        let Some(bytes) = (unsafe { fetch(cpu.eip(), first) }) else { break };
+        let Some(instruction) = decode(&bytes) else { break };
+        if step(cpu, memory, instruction, faulted).is_none() {
+            break;
+        }
+        faulted = None;
+    }
+    faulted.is_none()
+}
+
+/// The bytes of the instruction at `eip`, if it surely ends in page `page`.
+///
+/// # Safety
+/// An instruction was fetched from that page.
+unsafe fn fetch(eip: u32, page: u32) -> Option<Bytes> {
+    if eip & 0xfff > 0x1000 - LENGTH || eip >> 12 != page {
+        return None;
+    }
+    let mut bytes = Bytes([0; LENGTH as usize]);
+    let code: *const u8 = std::ptr::with_exposed_provenance(eip as usize);
+    // SAFETY: they lie in a page an instruction was fetched from, which is readable like all a world has mapped.
+    unsafe { copy(code, bytes.0.as_mut_ptr(), bytes.0.len()) };
+    Some(bytes)
 }
 
 /// Carries out one instruction, which has faulted at a linear address or follows one that has. None: it cannot be done here, or is
@@ -480,7 +576,7 @@ fn step(
     let place = match action.memory() {
         Some((address, write)) => {
             let lin = cpu.lin(address);
-            let fits = faulted.map_or(is_fleeting(memory.known, lin >> 12), |at| at == lin);
+            let fits = faulted.map_or_else(|| memory.fits(lin), |at| at == lin);
             if !fits || !action.is_of_a_byte() && !lin.is_multiple_of(4) {
                 return None;
             }
@@ -552,10 +648,13 @@ fn string(
     (action, len): (Action, u32),
     faulted: Option<u32>,
 ) -> Option<()> {
+    if matches!(memory.of, Whose::Ring3(_)) {
+        return None;
+    }
     let (count, from, to) = (cpu.get(ECX), cpu.get(ESI), cpu.get(EDI));
     let in_page = |lin: u32| 0x1000u32.wrapping_sub(lin & 0xfff) / 4;
     let copies = action == Action::Copy;
-    let fleeting = |lin: u32| is_fleeting(memory.known, lin >> 12);
+    let fleeting = |lin: u32| memory.fits(lin);
     // With segments that begin at 0 the fault is at one of these.
     let fits = match faulted {
         Some(lin) => lin == to || copies && lin == from,

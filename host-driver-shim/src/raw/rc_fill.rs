@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 use super::arena::{Arena, RAM_FD, RAM_VA, WATCHED_VA};
 use super::fill::{FillArea, LOG, NO_FAULT, Note, is_set, note, put};
 use super::rc::{FOR_RING3, map};
-use super::rc_walk::{Access, Page, Tables, is_absent, prefetch, refusal, right, walk};
+use super::rc_walk::{Access, Page, Tables, is_absent, is_only_read, prefetch, refusal, right, walk};
 use super::rc_window;
 use crate::world::{FillMode, FillRules};
 
@@ -218,11 +218,12 @@ pub(crate) fn fill_in(target: &Target<'_>, cr2: u32, write: bool, map: Map<'_>) 
     let keyed_alike = !rules.mode.contains(FillMode::KEYS) || page.rights & right::USER != 0;
     if fine && is_refill && write && !large && keyed_alike && may_write(page.rights) {
         let (at, pfn) = (cr2 >> 12, (page.frame >> 12) as u32);
-        // Where the guest has something already, it is mapped when it is accessed.
-        let free = |p: u32| {
+        // Where the guest has something already, it is mapped when it is accessed, unless it is soon to be copied.
+        let free = |p: u32, copied: bool| {
+            let lin = (p << 12).wrapping_sub(rules.delta);
             !is_set(present, p)
                 && !place.is_taken(p)
-                && is_absent(ram, rules, (p << 12).wrapping_sub(rules.delta))
+                && (is_absent(ram, rules, lin) || copied && is_only_read(ram, rules, lin))
         };
         if rc_window::windows().let_in((at, pfn, key_of(rules, page.rights)), present, free) {
             put(present, at, 1, true);

@@ -100,6 +100,12 @@ pub(crate) fn is_absent<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: 
     matches!(path(tables, rules, lin), Err(Miss::NotPresent))
 }
 
+/// Whether the tables show a small page at `lin` that ring 3 may read and not write.
+pub(crate) fn is_only_read<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> bool {
+    let of_interest = right::USER | right::WRITABLE | right::LARGE;
+    path(tables, rules, lin).is_ok_and(|p| p.page.rights & of_interest == right::USER)
+}
+
 fn path_32<T: Tables + ?Sized>(tables: &T, rules: &FillRules, lin: u32) -> Result<Path, Miss> {
     let read = |base: u32, index: u32| -> Result<Entry, Miss> {
         let at = u64::from(base & !0xfff) + u64::from(index) * 4;

@@ -34,6 +34,8 @@ const REGISTER_MODE: u64 = 1 | 1 << 2;
 const WINDOW: u32 = 16;
 /// Windows remembered; with one more the oldest is closed, as far as nothing is in it.
 const REMEMBERED: u32 = 2048;
+/// When so many pages in a row got frames in a row, the next are expected to.
+const ROW: u32 = 3;
 const PAGES: usize = 1 << 20;
 /// Bytes of [`Windows::frames`], which lie at [`WINDOWS_VA`].
 pub(crate) const FRAMES_SIZE: u64 = 4 * PAGES as u64;
@@ -49,8 +51,11 @@ pub(crate) struct Windows {
     count: AtomicU32,
     /// There is a userfaultfd.
     enabled: AtomicU32,
-    /// The page it was asked for last.
+    /// The page it was asked for last, and the frame.
     last: AtomicU32,
+    last_frame: AtomicU32,
+    /// So many times in a row both were behind those before, up to [`ROW`].
+    row: AtomicU32,
 }
 
 /// The windows of this world.
@@ -128,21 +133,32 @@ impl Windows {
         }
     }
 
-    /// Shows frame `pfn`, writable, in a page (`more`: as for [`rc::reserve`], the same for all windows): from the window that has it there, or else from a new one. False: the caller
-    /// is to map it. `free` says which pages may belong to a new window, `present` which have a mapping of guest RAM.
+    /// Ring 3 is expected to write to this page next, or a window waits for that.
+    pub(crate) fn expects(&self, page: u32) -> bool {
+        let next = self.last.load(Relaxed).wrapping_add(1) == page && self.row.load(Relaxed) == ROW;
+        self.enabled.load(Relaxed) != 0 && (next || self.frame(page) != 0)
+    }
+
+    /// Shows frame `pfn`, writable, in a page (`more`: as for [`rc::reserve`], the same for all windows): from the window that
+    /// has it there, or else from a new one. False: the caller is to map it. `free` says which pages may belong to a new window,
+    /// with true also of those that the guest's tables show for reading; `present` which have a mapping of guest RAM.
     pub(crate) fn let_in(
         &self,
         (page, pfn, more): (u32, u32, u32),
         present: &Bitmap,
-        free: impl Fn(u32) -> bool,
+        free: impl Fn(u32, bool) -> bool,
     ) -> bool {
         if self.enabled.load(Relaxed) == 0 {
             return false;
         }
-        let last = self.last.swap(page, Relaxed);
+        let (last, last_frame) = (self.last.swap(page, Relaxed), self.last_frame.swap(pfn, Relaxed));
+        let follows = (last.wrapping_add(1), last_frame.wrapping_add(1)) == (page, pfn);
+        let row = if follows { self.row.load(Relaxed).wrapping_add(1).min(ROW) } else { 0 };
+        self.row.store(row, Relaxed);
         if self.frame(page) == pfn.wrapping_add(1) {
             return continue_at(page);
         }
+        let free = |page| free(page, row == ROW);
         // A page on its own, such as one that was copied on write, is better mapped by itself.
         if last != page.wrapping_sub(1) && !free(page.wrapping_sub(1)) {
             return false;

@@ -16,11 +16,11 @@ use super::entry::{
 use super::keys::{self, PF_KEY};
 use super::long_gate;
 use super::rc::{arena, death, die};
-use super::rc_access;
+use super::rc_access::{self, Read};
 use super::rc_cpuid;
 use super::rc_deliver;
 use super::rc_doze;
-use super::rc_fill::{self, Answer};
+use super::rc_fill::{self, Answer, PF_WRITE};
 use crate::shared::copy;
 use crate::world::FillMode;
 
@@ -117,14 +117,28 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
             let (cr2, error) =
                 (greg(gregs, libc::REG_CR2) as u32, greg(gregs, libc::REG_ERR) as u32 & !PF_KEY);
             let [es, ds, ..] = data_selectors();
+            let selectors = [csgsfs as u16, (csgsfs >> 48) as u16, es, ds];
             if signal == libc::SIGSEGV
                 && error & PF_FETCH == 0
-                && rc_access::perform(arena, gregs, cr2, [csgsfs as u16, (csgsfs >> 48) as u16, es, ds])
+                && rc_access::perform(arena, gregs, cr2, selectors)
             {
                 (*arena).returning.store(uc.expose_provenance() as u64, Release);
                 subring_rc_return();
             }
-            match rc_fill::answer(arena, cr2, error, csgsfs as u16) {
+            let read = match error & (PF_WRITE | PF_FETCH) {
+                0 => rc_access::read_before_write(arena, gregs, cr2, selectors),
+                _ => Read::Nothing,
+            };
+            let answer = match read {
+                Read::Refused { error_code, lin } => Answer::Guests { error_code, lin },
+                Read::Done => {
+                    // If it cannot be mapped, that is seen at the next access.
+                    let _mapped = rc_fill::answer(arena, cr2, error, csgsfs as u16);
+                    Answer::Filled
+                }
+                Read::Nothing => rc_fill::answer(arena, cr2, error, csgsfs as u16),
+            };
+            match answer {
                 Answer::Filled => {
                     (*arena).returning.store(uc.expose_provenance() as u64, Release);
                     subring_rc_return();
@@ -132,6 +146,10 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                 Answer::Guests { error_code, lin } => {
                     save_guest(gregs, csgsfs, (*uc).uc_mcontext.fpregs.cast(), arena);
                     if rc_deliver::deliver(arena, error_code, lin, error & PF_FETCH != 0) {
+                        subring_rc_resume();
+                    }
+                    // The monitor sees a fault, and not that of the instruction at EIP.
+                    if read != Read::Nothing {
                         subring_rc_resume();
                     }
                 }
