@@ -8,7 +8,7 @@ use std::time::Duration;
 use subring_tests::exhaustive::guests;
 use subring_tests::hostile::*;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 /// For guests that never end by themselves.
 const A_WHILE: Duration = Duration::from_millis(700);
 /// Beyond the first 512. Each is nine exits: all of them take a minute on raw.

@@ -11,7 +11,7 @@ use subring_tests::cache;
 use subring_tests::harness::subring_binary;
 use subring_tests::hostile::{End, FINE, Image, event, finish, run_command};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const USAGE: i32 = 2;
 const HOST_CANNOT: i32 = 4;
 

@@ -306,7 +306,7 @@ fn tail(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(10);
+    const SOON: Duration = Duration::from_secs(60);
 
     fn shell(script: &str) -> Guest {
         let mut command = Command::new("sh");

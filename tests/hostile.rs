@@ -334,17 +334,36 @@ pub fn run_command(command: Command, limit: Duration) -> End {
         Ok(code) => code,
         Err(_) => {
             stopped = true;
+            wait_for_handler(guest.id());
             let pid = nix::unistd::Pid::from_raw(guest.id().cast_signed());
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-            guest.wait_exit(Duration::from_secs(15))
+            guest.wait_exit(Duration::from_secs(60))
         }
     };
-    let _ = guest.try_expect("\u{0}the end of the console", Duration::from_secs(5));
+    let _ = guest.try_expect("\u{0}the end of the console", Duration::from_secs(30));
     let console = guest.console();
     assert!(!console.contains("panicked"), "the monitor panicked: {console}");
     assert!(code != 101 && code < 131, "exit code {code}: {console}");
     no_world_is_left();
     End { code, console, stopped }
+}
+
+/// Waits until the program takes SIGTERM itself, which may come late on a host that is busy; a program that never does, is let go on.
+fn wait_for_handler(pid: u32) {
+    const SIGTERM: u64 = 1 << (libc::SIGTERM - 1);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while Instant::now() < deadline {
+        // Fields of proc_pid_status(5): masks of the signals that are blocked and that are caught.
+        let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return };
+        let takes = |line: &str| {
+            let mask = line.strip_prefix("SigBlk:").or_else(|| line.strip_prefix("SigCgt:"));
+            mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).is_some_and(|m| m & SIGTERM != 0)
+        };
+        if status.lines().any(takes) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// From here on this process is the parent of every orphan below it.
@@ -357,7 +376,7 @@ fn adopt_orphans() {
 
 /// No world whose monitor is gone is still alive: such a world would be our child now.
 fn no_world_is_left() {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let left = orphaned_worlds();
         if left.is_empty() {

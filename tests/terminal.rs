@@ -12,8 +12,9 @@ use subring_tests::cache::{SkipReason, initrd, kernel_686};
 use subring_tests::harness::{Guest, one_guest_at_a_time, subring_binary};
 use subring_tests::or_skip;
 
-const SOON: Duration = Duration::from_secs(10);
-const BOOT: Duration = Duration::from_secs(60);
+/// Hosts are shared, and now and then slow: what must not last is not timed here.
+const SOON: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_secs(240);
 const PROMPT: &str = "/ # ";
 
 /// The command line that boots Debian's kernel to its shell.
@@ -46,9 +47,9 @@ fn a_session_on_a_terminal() {
     guest.expect(PROMPT, SOON);
 
     // Ctrl-C belongs to the guest.
-    guest.send("sleep 1000");
-    guest.expect("sleep 1000", SOON);
-    std::thread::sleep(Duration::from_millis(500));
+    // Once it says so itself: in the shell's line editor Ctrl-C is a key.
+    guest.send("sh -c 'echo runs$((1+1)); exec sleep 1000'");
+    guest.expect("runs2", SOON);
     guest.send_bytes(b"\x03");
     guest.expect(PROMPT, SOON);
 
@@ -190,9 +191,8 @@ fn four_kilobytes_pasted_and_a_megabyte_shown_arrive_whole() {
     while pasted.len() < 4096 {
         pasted += &format!("line {} of what is pasted at once\n", pasted.len());
     }
-    guest.send_bytes(b"cat > /pasted\n");
-    guest.expect("\r\n", SOON);
-    std::thread::sleep(Duration::from_millis(500));
+    guest.send("echo runs$((1+1)); cat > /pasted");
+    guest.expect("runs2\r\n", SOON);
     guest.send_bytes(pasted.as_bytes());
     guest.send_bytes(b"\x04");
     guest.expect(PROMPT, SOON);
@@ -207,11 +207,11 @@ fn four_kilobytes_pasted_and_a_megabyte_shown_arrive_whole() {
     assert!(script.len() >= 4096);
     guest.send_bytes(script.as_bytes());
     guest.send("echo lines=$(wc -l < /lines),sum=$(awk '{s+=$1} END {print s}' /lines)");
-    guest.expect("lines=100,sum=4950", SOON * 3);
+    guest.expect("lines=100,sum=4950", SOON);
 
     let shown = guest.console().len();
     guest.send("yes 0123456789abcdef0123456789abcdef | head -n 30000; echo en\"\"d");
-    guest.expect("\r\nend\r\n", SOON * 6);
+    guest.expect("\r\nend\r\n", SOON * 2);
     let text = guest.console();
     let lines = text[shown..].matches("0123456789abcdef0123456789abcdef\r\n").count();
     assert_eq!(lines, 30000);

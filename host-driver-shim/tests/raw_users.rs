@@ -340,7 +340,7 @@ fn ring_3_that_breaks_out_ends_its_own_world_and_not_ring_0s() {
         assert_eq!(b.run(b.iret).0, WorldExit::Users);
         let end = b.ring3.take_exit(&mut HwRegs::default());
         assert!(matches!(end, Err(WorldError::Died(_))), "{end:?}");
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(30));
         // Ring 0 goes on.
         b.rules.cell = 0;
         b.ring0.world.set_users(&b.rules);

@@ -4,7 +4,7 @@ mod common;
 use common::*;
 use host_driver_shim::raw::rc_deliver::REFILL;
 use host_driver_shim::world::{
-    Backing, FillMode, FillRules, Prot, QUICK_SITES, Quick, QuickKind, World, WorldExit, WorldLin,
+    Backing, FillMode, FillRules, HwRegs, Prot, QUICK_SITES, Quick, QuickKind, World, WorldExit, WorldLin,
 };
 
 const DIRECTORY: u64 = 0x10_0000;
@@ -20,9 +20,29 @@ const INVLPG_REASON: u32 = 0x102;
 /// Where the refill and the `invlpg` go on: code that stores ECX at EBX and loads it again into EDX.
 const BEHIND: u32 = CODE + 0x200;
 const INVLPG: u32 = CODE + 0x100;
+/// Code that loads EDX from EBX, increments it and stores it there.
+const INCREMENT: u32 = CODE + 0x180;
+/// Code that only loads it.
+const LOAD: u32 = CODE + 0x1c0;
+/// P and US.
+const READABLE: u32 = 5;
+const SLOT: u16 = 100;
 
 fn set_pte(g: &Guest, page: u32, value: u32) {
     g.ram.write_u32(TABLE + u64::from(page) * 4, value).unwrap();
+}
+
+fn rules() -> FillRules {
+    let mode = FillMode::ENABLED | FillMode::SUPERVISOR | FillMode::WP;
+    FillRules { cr3: DIRECTORY as u32, mode, ..FillRules::default() }
+}
+
+/// The same with the code as ring 3's, with data segments from an LDT. None, and SKIP, where there can be none.
+fn guest_of_ring3() -> Option<Guest> {
+    let mut g = guest();
+    g.world.set_fill_rules(&FillRules { user_cs: u32::from(CS), ..rules() });
+    let has_ldt = has_ldt(&mut g);
+    has_ldt.then_some(g)
 }
 
 fn guest() -> Guest {
@@ -34,11 +54,12 @@ fn guest() -> Guest {
     };
     put(CODE, &gate_jump(REFILL_REASON));
     put(INVLPG, &gate_jump(INVLPG_REASON));
+    put(INCREMENT, &[0x8b, 0x13, 0x42, 0x89, 0x13, 0xf4]);
+    put(LOAD, &[0x8b, 0x13, 0xf4]);
     put(BEHIND, &[0x89, 0x0b, 0x8b, 0x13, 0xf4]);
     g.put(&code);
     g.ram.write_u32(DIRECTORY + u64::from(AREA >> 22) * 4, TABLE as u32 | USABLE).unwrap();
-    let mode = FillMode::ENABLED | FillMode::SUPERVISOR | FillMode::WP;
-    g.world.set_fill_rules(&FillRules { cr3: DIRECTORY as u32, mode, ..FillRules::default() });
+    g.world.set_fill_rules(&rules());
     let mut quick = [Quick::default(); QUICK_SITES];
     quick[0] = Quick { reason: REFILL_REASON, kind: QuickKind::Refill, resume: BEHIND, ..Quick::default() };
     quick[1] = Quick { reason: INVLPG_REASON, kind: QuickKind::Invlpg, resume: BEHIND, ..Quick::default() };
@@ -49,12 +70,51 @@ fn guest() -> Guest {
 
 /// From `eip`, which ends in a store of `value` to this page and a load from there.
 fn go(g: &mut Guest, eip: u32, page: u32, value: u32) -> Result<u32, WorldExit> {
-    let mut r = regs();
+    go_with(regs(), g, eip, page, value).0
+}
+
+/// And the registers at the end.
+fn go_with(
+    mut r: HwRegs,
+    g: &mut Guest,
+    eip: u32,
+    page: u32,
+    value: u32,
+) -> (Result<u32, WorldExit>, HwRegs) {
     (r.eip, r.gpr[EBX], r.gpr[ECX]) = (eip, AREA + page * PAGE, value);
-    match g.run(&mut r) {
+    let exit = match g.run(&mut r) {
         GP => Ok(r.gpr[EDX]),
+        // P is the host's: whether it maps something there.
+        WorldExit::Fault { vector: 14, error_code, cr2 } => {
+            Err(WorldExit::Fault { vector: 14, error_code: error_code & !1, cr2 })
+        }
         other => Err(other),
-    }
+    };
+    (exit, r)
+}
+
+/// As [`go_with`] in [`guest_of_ring3`].
+fn go_ring3(g: &mut Guest, eip: u32, page: u32, value: u32) -> (Result<u32, WorldExit>, HwRegs) {
+    let ldt = SLOT << 3 | 7;
+    go_with(HwRegs { sel: [ldt, CS, ldt, ldt, 0, 0], ..regs() }, g, eip, page, value)
+}
+
+/// Ring 3 increments a word of a page, for which the guest copies it to `frame` as Linux does: the old page is taken out and flushed
+/// first. Yields how many accesses were done on guest RAM.
+fn increment_copied(g: &mut Guest, page: u32, old: u32, frame: u32) -> u32 {
+    let (before, value) = (g.world.accesses_done(), word(g, old).unwrap());
+    let (exit, at) = go_ring3(g, INCREMENT, page, 0);
+    assert_eq!((exit, at.eip, at.gpr[EDX]), (missed(page), INCREMENT + 3, value + 1), "page {page}");
+    set_pte(g, page, 0);
+    let (exit, _) = go_ring3(g, INVLPG, page, 0);
+    assert_eq!(exit, missed(page));
+    g.ram.write_u32(u64::from(frame) << 12, value).unwrap();
+    set_pte(g, page, frame << 12 | USABLE);
+    g.world.vcpu_write(REFILL, (AREA + page * PAGE) | WRITE);
+    assert_eq!(go_ring3(g, CODE, page, value + 1).0, Ok(value + 1), "page {page}");
+    assert_eq!((word(g, frame), word(g, old)), (Some(value + 1), Some(value)), "page {page}");
+    g.world.take_fills(&mut |_| {});
+    g.world.accesses_done().wrapping_sub(before)
 }
 
 /// The guest's handler has put `frame` there, and goes back to the store.
@@ -172,4 +232,79 @@ fn more_windows_than_are_remembered_lose_nothing() {
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", g.world.pid())).unwrap();
     let low = maps.lines().filter(|l| l.split('-').next().is_some_and(|a| a.len() <= 8)).count();
     assert!(low < pages.len() + 2048 + 100, "{low} mappings");
+}
+
+/// Frames of pages that are only read, and of their copies.
+const OLD: u32 = 0x600;
+const COPY: u32 = 0x800;
+
+/// So many pages that can be only read, with a number in each.
+fn only_read(g: &Guest, pages: u32) {
+    for page in 1..=pages {
+        set_pte(g, page, (OLD + page) << 12 | READABLE);
+        g.ram.write_u32(u64::from(OLD + page) << 12, page << 4).unwrap();
+    }
+}
+
+#[test]
+fn pages_that_are_copied_one_after_the_other_are_read_without_a_mapping() {
+    let Some(mut g) = guest_of_ring3() else { return };
+    only_read(&g, 60);
+    for page in 1..=60 {
+        let done = increment_copied(&mut g, page, OLD + page, COPY + page);
+        // The first sixteen were shown together when the first was read.
+        assert_eq!(done, u32::from(page >= 16), "page {page}");
+    }
+    for page in 1..=60 {
+        assert_eq!(go_ring3(&mut g, LOAD, page, 0).0, Ok((page << 4) + 1), "page {page}");
+        assert_eq!(go_ring3(&mut g, BEHIND, page, 7).0, Ok(7), "page {page}");
+        assert_eq!(word(&g, OLD + page), Some(page << 4));
+    }
+}
+
+#[test]
+fn where_copies_were_expected_pages_show_what_the_tables_have() {
+    let Some(mut g) = guest_of_ring3() else { return };
+    only_read(&g, 60);
+    for page in 1..=20 {
+        increment_copied(&mut g, page, OLD + page, COPY + page);
+    }
+    for page in 20..=40 {
+        g.ram.write_u32(u64::from(COPY + page) << 12, 0x9999).unwrap();
+    }
+    // Read, again and again, in any order.
+    for page in [22, 24, 22, 24, 33, 40] {
+        assert_eq!(go_ring3(&mut g, LOAD, page, 0).0, Ok(page << 4), "page {page}");
+        assert_eq!(go_ring3(&mut g, BEHIND, page, 0).0, missed(page));
+    }
+    let before = g.world.accesses_done();
+    for page in [22, 24, 22, 24] {
+        assert_eq!(go_ring3(&mut g, LOAD, page, 0).0, Ok(page << 4), "page {page}");
+    }
+    assert_eq!(g.world.accesses_done(), before, "they are shown now");
+    // Copied, with other frames than was expected, and with those.
+    for (page, copy) in [(22, COPY + 0x100), (24, COPY + 24), (25, COPY + 25), (26, COPY + 0x101)] {
+        increment_copied(&mut g, page, OLD + page, copy);
+    }
+    // Not there at all.
+    for page in 27..=40 {
+        set_pte(&g, page, 0);
+        assert_eq!(go_ring3(&mut g, INVLPG, page, 0).0, missed(page));
+        let (exit, at) = go_ring3(&mut g, LOAD, page, 0);
+        let fault = WorldExit::Fault { vector: 14, error_code: 4, cr2: AREA + page * PAGE };
+        assert_eq!((exit, at.eip), (Err(fault), LOAD), "page {page}");
+    }
+}
+
+#[test]
+fn a_page_that_may_be_written_to_where_a_copy_was_expected_is_read_and_written() {
+    let Some(mut g) = guest_of_ring3() else { return };
+    only_read(&g, 20);
+    for page in 1..=19 {
+        increment_copied(&mut g, page, OLD + page, COPY + page);
+    }
+    set_pte(&g, 20, (OLD + 20) << 12 | USABLE);
+    let (exit, at) = go_ring3(&mut g, INCREMENT, 20, 0);
+    assert_eq!((exit, at.eip), (Ok(20 << 4 | 1), INCREMENT + 5));
+    assert_eq!(word(&g, OLD + 20), Some(20 << 4 | 1));
 }

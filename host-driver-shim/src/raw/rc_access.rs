@@ -1,4 +1,4 @@
-//! Accesses of ring 0 to pages that are mapped for a moment only, done on guest RAM.
+//! Accesses to pages that would be mapped for a moment only, done on guest RAM.
 //!
 //! A kernel with more memory than it has addresses for maps a page of the rest where it needs it, and flushes it again: Linux's
 //! `kmap_local_page`, a dozen times in a page fault where page tables lie in high memory. Between mapping and flush there are one
@@ -9,13 +9,16 @@
 //! Only plain instructions are known here. All others have the page mapped as ever. As several accesses lie close together (a page
 //! is cleared by two stores and a `rep stosd`), the plain instructions behind one are gone through here, too, until one comes that is not
 //! known or goes to another kind of page.
+//!
+//! The same is done for a read of ring 3 in a page that it is expected to write to next, which the guest answers with a copy of the page
+//! (copy on write): to show the old one for that read costs as much as to show the copy.
 
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::arena::{Arena, RAM_VA};
-use super::rc_fill::{Places, Ram};
 use super::fill::NO_FAULT;
+use super::rc_fill::{Places, Ram};
 use super::rc_walk::{Access, refusal, right, walk};
 use super::rc_window;
 use super::signal::GENERAL;
@@ -497,7 +500,8 @@ pub(crate) unsafe fn read_before_write(
     }
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, rules) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
-    let ring3 = rules.user_cs == u32::from(cs) && rules.mode.contains(FillMode::ENABLED | FillMode::SUPERVISOR);
+    let ring3 =
+        rules.user_cs == u32::from(cs) && rules.mode.contains(FillMode::ENABLED | FillMode::SUPERVISOR);
     if !ring3 || ds != ss || es != ss {
         return Read::Nothing;
     }
@@ -729,6 +733,7 @@ mod tests {
             (&[0x83, 0x3e, 0xff], Two(Operation::Cmp, at(6), Immediate(u32::MAX))),
             (&[0x83, 0xe7, 0xfc], Two(Operation::And, Register(7), Immediate(0xffff_fffc))),
             (&[0x81, 0xc1, 0, 0x10, 0, 0], Two(Operation::Add, Register(1), Immediate(0x1000))),
+            (&[0x05, 0, 0x10, 0, 0], Two(Operation::Add, Register(0), Immediate(0x1000))),
             (&[0x29, 0xf9], Two(Operation::Sub, Register(1), Register(7))),
             (&[0x31, 0xc0], Two(Operation::Xor, Register(0), Register(0))),
             (&[0x85, 0x02], Test(at(2), Register(0))),
@@ -755,6 +760,7 @@ mod tests {
             &[0x0f, 0xb6, 0x00],
             &[0xff, 0x30],
             &[0x11, 0xc0],
+            &[0x1d, 1, 2, 3, 4],
             &[0x83, 0xd8, 1],
             &[0x8d, 0xc0],
             &[0x00, 0xc0],
