@@ -22,8 +22,12 @@ const BEHIND: u32 = CODE + 0x200;
 const INVLPG: u32 = CODE + 0x100;
 /// Code that loads EDX from EBX, increments it and stores it there.
 const INCREMENT: u32 = CODE + 0x180;
+const INCREMENTS: [u8; 6] = [0x8b, 0x13, 0x42, 0x89, 0x13, 0xf4];
 /// Code that only loads it.
 const LOAD: u32 = CODE + 0x1c0;
+const LOADS: [u8; 3] = [0x8b, 0x13, 0xf4];
+const CODE_TABLE: u64 = 0x10_2000;
+const CODE_FRAME: u64 = 0x10_3000;
 /// P and US.
 const READABLE: u32 = 5;
 const SLOT: u16 = 100;
@@ -41,6 +45,11 @@ fn rules() -> FillRules {
 fn guest_of_ring3() -> Option<Guest> {
     let mut g = guest();
     g.world.set_fill_rules(&FillRules { user_cs: u32::from(CS), ..rules() });
+    // What ring 3 runs is looked for where the tables have it.
+    g.ram.write_u32(DIRECTORY + u64::from(CODE >> 22) * 4, CODE_TABLE as u32 | USABLE).unwrap();
+    g.ram.write_u32(CODE_TABLE, CODE_FRAME as u32 | READABLE).unwrap();
+    g.ram.write(CODE_FRAME + u64::from(INCREMENT - CODE), &INCREMENTS).unwrap();
+    g.ram.write(CODE_FRAME + u64::from(LOAD - CODE), &LOADS).unwrap();
     let has_ldt = has_ldt(&mut g);
     has_ldt.then_some(g)
 }
@@ -54,8 +63,8 @@ fn guest() -> Guest {
     };
     put(CODE, &gate_jump(REFILL_REASON));
     put(INVLPG, &gate_jump(INVLPG_REASON));
-    put(INCREMENT, &[0x8b, 0x13, 0x42, 0x89, 0x13, 0xf4]);
-    put(LOAD, &[0x8b, 0x13, 0xf4]);
+    put(INCREMENT, &INCREMENTS);
+    put(LOAD, &LOADS);
     put(BEHIND, &[0x89, 0x0b, 0x8b, 0x13, 0xf4]);
     g.put(&code);
     g.ram.write_u32(DIRECTORY + u64::from(AREA >> 22) * 4, TABLE as u32 | USABLE).unwrap();
@@ -307,4 +316,25 @@ fn a_page_that_may_be_written_to_where_a_copy_was_expected_is_read_and_written()
     let (exit, at) = go_ring3(&mut g, INCREMENT, 20, 0);
     assert_eq!((exit, at.eip), (Ok(20 << 4 | 1), INCREMENT + 5));
     assert_eq!(word(&g, OLD + 20), Some(20 << 4 | 1));
+}
+
+#[test]
+fn code_that_the_tables_do_not_have_is_not_gone_through() {
+    for keep_out in [true, false] {
+        let Some(mut g) = guest_of_ring3() else { return };
+        only_read(&g, 20);
+        for page in 1..=19 {
+            increment_copied(&mut g, page, OLD + page, COPY + page);
+        }
+        let mut rules = FillRules { user_cs: u32::from(CS), ..rules() };
+        if keep_out {
+            rules.keep_out[0] = (CODE >> 12, 1);
+        } else {
+            g.ram.write_u32(CODE_TABLE, 0).unwrap();
+        }
+        g.world.set_fill_rules(&rules);
+        let before = g.world.accesses_done();
+        assert_eq!(go_ring3(&mut g, LOAD, 20, 0).0, Ok(20 << 4));
+        assert_eq!(g.world.accesses_done(), before);
+    }
 }

@@ -398,7 +398,7 @@ struct Memory<'a> {
 enum Whose<'a> {
     /// Ring 0's, to pages that are mapped for a moment only.
     Ring0(&'a [Fleeting; FLEETING]),
-    /// Ring 3's, to this guest linear page.
+    /// Ring 3's, reads of this guest linear page.
     Ring3(u32),
 }
 
@@ -410,6 +410,17 @@ impl Memory<'_> {
             Whose::Ring3(page) => lin >> 12 == page,
         }
     }
+    /// The page of ring 3's code at `eip`, as the guest's tables have it: in a keyed world the runtime cannot read what ring 3
+    /// executes. None: it is a trampoline, or not what the tables have.
+    fn code(&self, eip: u32) -> Option<Code> {
+        let rules = self.places.rules;
+        let page = eip >> 12;
+        if rules.keeps_out(page, 1) {
+            return None;
+        }
+        let frame = walk(self.ram, rules, eip, false, true)?.frame;
+        self.ram.holds(frame >> 12).then(|| Code { page, at: ram_at(frame) })
+    }
     /// The guest physical address of `lin`; A and D are set as the processor would. Code, devices and what is not the kernel's own
     /// are none of ours.
     fn at(&self, lin: u32, write: bool) -> Option<u64> {
@@ -418,6 +429,9 @@ impl Memory<'_> {
             return None;
         }
         let user = matches!(self.of, Whose::Ring3(_));
+        if user && write {
+            return None;
+        }
         let page = walk(self.ram, rules, lin, write, user)?;
         let fits = (page.rights & right::USER != 0) == user
             && self.ram.holds(page.frame >> 12)
@@ -464,28 +478,23 @@ pub(crate) unsafe fn perform(
     let ram = Ram { pages: area.ram_pages.load(Relaxed) };
     let places = Places { rules: &rules, foreign: &area.foreign };
     let memory = Memory { ram: &ram, places, of: Whose::Ring0(known) };
-    // SAFETY: by contract.
-    let done = unsafe { go_on(&mut Cpu { gregs }, &memory, lin) };
+    let mut cpu = Cpu { gregs };
+    let page = cpu.eip() >> 12;
+    let code = Code { page, at: std::ptr::with_exposed_provenance((page << 12) as usize) };
+    let done = go_on(&mut cpu, &memory, &code, lin);
     if done {
         area.accessed.store(area.accessed.load(Relaxed).wrapping_add(1), Relaxed);
     }
     done
 }
 
-/// What [`read_before_write`] has done.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Read {
-    /// Nothing: nothing has changed (but A bits).
-    Nothing,
-    /// The read and perhaps more; the frame's registers are those behind it.
-    Done,
-    /// As `Done`; the next instruction is a write that the guest's tables do not allow. The guest is to see this error code and
-    /// guest linear address.
-    Refused { error_code: u32, lin: u32 },
-}
+/// A page fault that the guest is to see: error code, and guest linear address.
+pub(crate) type Refused = (u32, u32);
 
-/// Does ring 3's read that faulted at world address `cr2` and a few plain instructions behind it, if the page is one that is
-/// expected to be written to, which the guest will answer with a copy of it: then it need not be mapped for the read.
+/// Goes through ring 3's read that faulted at world address `cr2` and a few plain instructions behind it, if the page is one that is
+/// expected to be written to, which the guest will answer with a copy of it: then it need not be mapped for the read. The frame's
+/// registers are then those of the write, which the guest's tables do not allow. None: no such write was found, and nothing has
+/// changed (but A bits).
 ///
 /// # Safety
 /// As [`perform`].
@@ -494,54 +503,46 @@ pub(crate) unsafe fn read_before_write(
     gregs: &mut [i64; 23],
     cr2: u32,
     [cs, ss, es, ds]: [u16; 4],
-) -> Read {
+) -> Option<Refused> {
     if !rc_window::windows().expects(cr2 >> 12) {
-        return Read::Nothing;
+        return None;
     }
     // SAFETY: by contract; everything in the fill area but the rules is atomic.
     let (area, rules) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules).read_volatile()) };
     let ring3 =
         rules.user_cs == u32::from(cs) && rules.mode.contains(FillMode::ENABLED | FillMode::SUPERVISOR);
     if !ring3 || ds != ss || es != ss {
-        return Read::Nothing;
+        return None;
     }
     let lin = cr2.wrapping_sub(rules.delta);
     let ram = Ram { pages: area.ram_pages.load(Relaxed) };
     let places = Places { rules: &rules, foreign: &area.foreign };
     let memory = Memory { ram: &ram, places, of: Whose::Ring3(lin >> 12) };
-    let mut cpu = Cpu { gregs };
-    // SAFETY: by contract.
-    if !unsafe { go_on(&mut cpu, &memory, lin) } {
-        return Read::Nothing;
+    let mut tried = *gregs;
+    let mut cpu = Cpu { gregs: &mut tried };
+    let code = memory.code(cpu.eip())?;
+    if !go_on(&mut cpu, &memory, &code, lin) {
+        return None;
     }
+    let (address, true) = decode(&code.bytes(cpu.eip())?)?.0.memory()? else { return None };
+    let lin = cpu.lin(address);
+    let access = Access { write: true, user: true, fetch: false };
+    let error_code = refusal(&ram, &rules, lin, access).filter(|_| memory.fits(lin))?;
+    *gregs = tried;
     area.accessed.store(area.accessed.load(Relaxed).wrapping_add(1), Relaxed);
     area.last.store(NO_FAULT, Relaxed);
-    // SAFETY: by contract: the same page as before.
-    let next = unsafe { fetch(cpu.eip(), cpu.eip() >> 12) }.and_then(|bytes| decode(&bytes)?.0.memory());
-    let Some(lin) = next.filter(|(_, write)| *write).map(|(address, _)| cpu.lin(address)) else {
-        return Read::Done;
-    };
-    let access = Access { write: true, user: true, fetch: false };
-    match refusal(&ram, &rules, lin, access).filter(|_| memory.fits(lin)) {
-        Some(error_code) => Read::Refused { error_code, lin },
-        None => Read::Done,
-    }
+    Some((error_code, lin))
 }
 
-/// Does the access that faulted at guest linear `lin` and a few plain instructions behind it, as far as `memory` has it.
-/// False: nothing has changed (but A and D bits).
-///
-/// # Safety
-/// Where `cpu` is, an instruction was fetched from.
-unsafe fn go_on(cpu: &mut Cpu<'_>, memory: &Memory<'_>, lin: u32) -> bool {
+/// Does the access that faulted at guest linear `lin` and a few plain instructions behind it, as far as `memory` has it and they are
+/// in `code`. False: nothing has changed (but A and D bits).
+fn go_on(cpu: &mut Cpu<'_>, memory: &Memory<'_>, code: &Code, lin: u32) -> bool {
     if cpu.flags() & TF != 0 {
         return false;
     }
-    let first = cpu.eip() >> 12;
     let mut faulted = Some(lin);
     for _ in 0..STEPS {
-        // SAFETY: by contract.
-        let Some(bytes) = (unsafe { fetch(cpu.eip(), first) }) else { break };
+        let Some(bytes) = code.bytes(cpu.eip()) else { break };
         let Some(instruction) = decode(&bytes) else { break };
         if step(cpu, memory, instruction, faulted).is_none() {
             break;
@@ -551,19 +552,27 @@ unsafe fn go_on(cpu: &mut Cpu<'_>, memory: &Memory<'_>, lin: u32) -> bool {
     faulted.is_none()
 }
 
-/// The bytes of the instruction at `eip`, if it surely ends in page `page`.
-///
-/// # Safety
-/// An instruction was fetched from that page.
-unsafe fn fetch(eip: u32, page: u32) -> Option<Bytes> {
-    if eip & 0xfff > 0x1000 - LENGTH || eip >> 12 != page {
-        return None;
+/// A page of code.
+struct Code {
+    /// Its number in the guest's linear space.
+    page: u32,
+    /// Where the runtime can read it: what is made with another address is unsound.
+    at: *const u8,
+}
+
+impl Code {
+    /// The bytes of the instruction at `eip`, if it surely ends in this page.
+    fn bytes(&self, eip: u32) -> Option<Bytes> {
+        let offset = eip & 0xfff;
+        if offset > 0x1000 - LENGTH || eip >> 12 != self.page {
+            return None;
+        }
+        let mut bytes = Bytes([0; LENGTH as usize]);
+        // SAFETY: they lie in the page at `at`, which the runtime can read: ring 0's is that an instruction was fetched from,
+        // readable like all a world has mapped, and ring 3's a frame of RAM.
+        unsafe { copy(self.at.wrapping_add(offset as usize), bytes.0.as_mut_ptr(), bytes.0.len()) };
+        Some(bytes)
     }
-    let mut bytes = Bytes([0; LENGTH as usize]);
-    let code: *const u8 = std::ptr::with_exposed_provenance(eip as usize);
-    // SAFETY: they lie in a page an instruction was fetched from, which is readable like all a world has mapped.
-    unsafe { copy(code, bytes.0.as_mut_ptr(), bytes.0.len()) };
-    Some(bytes)
 }
 
 /// Carries out one instruction, which has faulted at a linear address or follows one that has. None: it cannot be done here, or is

@@ -16,7 +16,7 @@ use super::entry::{
 use super::keys::{self, PF_KEY};
 use super::long_gate;
 use super::rc::{arena, death, die};
-use super::rc_access::{self, Read};
+use super::rc_access;
 use super::rc_cpuid;
 use super::rc_deliver;
 use super::rc_doze;
@@ -125,18 +125,14 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                 (*arena).returning.store(uc.expose_provenance() as u64, Release);
                 subring_rc_return();
             }
-            let read = match error & (PF_WRITE | PF_FETCH) {
-                0 => rc_access::read_before_write(arena, gregs, cr2, selectors),
-                _ => Read::Nothing,
+            let refused = if error & (PF_WRITE | PF_FETCH) == 0 {
+                rc_access::read_before_write(arena, gregs, cr2, selectors)
+            } else {
+                None
             };
-            let answer = match read {
-                Read::Refused { error_code, lin } => Answer::Guests { error_code, lin },
-                Read::Done => {
-                    // If it cannot be mapped, that is seen at the next access.
-                    let _mapped = rc_fill::answer(arena, cr2, error, csgsfs as u16);
-                    Answer::Filled
-                }
-                Read::Nothing => rc_fill::answer(arena, cr2, error, csgsfs as u16),
+            let answer = match refused {
+                Some((error_code, lin)) => Answer::Guests { error_code, lin },
+                None => rc_fill::answer(arena, cr2, error, csgsfs as u16),
             };
             match answer {
                 Answer::Filled => {
@@ -148,8 +144,8 @@ pub(crate) unsafe extern "C" fn handle(signal: i32, info: *const libc::siginfo_t
                     if rc_deliver::deliver(arena, error_code, lin, error & PF_FETCH != 0) {
                         subring_rc_resume();
                     }
-                    // The monitor sees a fault, and not that of the instruction at EIP.
-                    if read != Read::Nothing {
+                    if refused.is_some() {
+                        // The monitor is to see the fault of the instruction that is next now.
                         subring_rc_resume();
                     }
                 }
