@@ -479,6 +479,10 @@ pub(crate) unsafe fn perform(
     let places = Places { rules: &rules, foreign: &area.foreign };
     let memory = Memory { ram: &ram, places, of: Whose::Ring0(known) };
     let mut cpu = Cpu { gregs };
+    // A page of ring 3's, which in a keyed world the runtime cannot read.
+    if rules.mode.contains(FillMode::KEYS) && walk(&ram, &rules, cpu.eip(), false, true).is_some() {
+        return false;
+    }
     let page = cpu.eip() >> 12;
     let code = Code { page, at: std::ptr::with_exposed_provenance((page << 12) as usize) };
     let done = go_on(&mut cpu, &memory, &code, lin);
@@ -568,8 +572,8 @@ impl Code {
             return None;
         }
         let mut bytes = Bytes([0; LENGTH as usize]);
-        // SAFETY: they lie in the page at `at`, which the runtime can read: ring 0's is that an instruction was fetched from,
-        // readable like all a world has mapped, and ring 3's a frame of RAM.
+        // SAFETY: they lie in the page at `at`, which the runtime can read: ring 0's is one an instruction was fetched from, mapped to
+        // be read, too, with a key the runtime has; ring 3's is a frame of RAM.
         unsafe { copy(self.at.wrapping_add(offset as usize), bytes.0.as_mut_ptr(), bytes.0.len()) };
         Some(bytes)
     }
