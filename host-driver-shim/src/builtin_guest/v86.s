@@ -114,6 +114,10 @@ check_v86:
     V86_TRAPS "the reflected handler", 13, 0, VM0, v_handler, v_handler_iret
     BITS "v86: the handler's value", user_eax, $0xffff, $0x2121
 
+    # Long enough for an engine that cannot do it to be replaced by one that can.
+    V86_TRAPS "a loop", 13, 0, VM0, v_count, v_count_hlt
+    BITS "v86: the loop came to its end", user_ecx, $0xffff, $0
+
     # The timer takes the CPU from a loop.
     movb $0xfe, %al
     outb %al, $0x21
@@ -168,6 +172,12 @@ check_v86:
     VONE lar, .byte 0x0f, 0x02, 0xc0
     VONE cr0, movl %cr0, %eax
     VONE clts, clts
+    V v_count
+    movw $5000, %cx
+.Lv_again:
+    loop .Lv_again
+    V v_count_hlt
+    hlt
     V v_int3
     int3
     V v_int3_end
