@@ -82,11 +82,11 @@ impl Machine {
         let pages = (0..6).map(|i| (MOMENT - 0x5000 + (i << 12), FRAME as u32 - 0x5000 + (i << 12)));
         pages.clone().for_each(|(lin, _)| set(self, lin, 0));
         for (lin, frame) in pages {
-            set(self, lin, frame | 0x67);
             if lin == MOMENT {
                 set(self, lin, frame | 0x25);
                 break;
             }
+            set(self, lin, frame | 0x67);
             self.guest.world.vcpu_write(REFILL, lin | 3);
             let refill = HwRegs { eip: self.program - gate_jump(0).len() as u32, ..regs() };
             assert_eq!(self.guest.run(&mut refill.clone()), WorldExit::Gate { reason: DONE });
@@ -165,6 +165,21 @@ impl Random {
             _ => vec![0xc0 | field | self.register()],
         }
     }
+    /// Registers for a program, with these segments, and the same words in the page of both machines.
+    fn start(&mut self, segments: HwRegs, machines: [&Machine; 2]) -> HwRegs {
+        let mut from = segments;
+        for i in (0..8).filter(|i| *i != ESP) {
+            from.gpr[i] = self.next(u32::MAX).wrapping_mul(5);
+        }
+        from.gpr[EBX] = MOMENT;
+        for i in 0..1024 {
+            let value = self.next(u32::MAX).wrapping_mul(7);
+            for machine in machines {
+                machine.guest.ram.write_u32(FRAME + 4 * i, value).unwrap();
+            }
+        }
+        from
+    }
     fn instruction(&mut self) -> Vec<u8> {
         let (register, memory) = (self.register(), self.next(2) == 0);
         let value = self.next(u32::MAX).wrapping_mul(3);
@@ -208,16 +223,7 @@ fn programs_of_ring_3_come_to_the_write_for_which_they_get_a_copy_as_they_do_nat
             code.extend(random.instruction());
         }
         code.extend([0x40, 0x89, 0x43, 0x10]); // inc eax; mov [ebx+16], eax
-        let mut from = segments;
-        for i in (0..8).filter(|i| *i != ESP) {
-            from.gpr[i] = random.next(u32::MAX).wrapping_mul(5);
-        }
-        from.gpr[EBX] = MOMENT;
-        for i in 0..1024 {
-            let value = random.next(u32::MAX).wrapping_mul(7);
-            here.guest.ram.write_u32(FRAME + 4 * i, value).unwrap();
-            native.guest.ram.write_u32(FRAME + 4 * i, value).unwrap();
-        }
+        let from = random.start(segments, [&here, &native]);
         here.expect_write();
         let before = here.guest.world.accesses_done();
         let [a, b] = [&mut here, &mut native].map(|m| m.run_to_write(&code, from));
@@ -239,16 +245,7 @@ fn programs_end_as_they_do_natively() {
         }
         // The flags are then all defined, and show CF of before.
         code.extend([0x40, 0x83, 0xd1, 0x00]); // inc eax; adc ecx, 0
-        let mut from = regs();
-        for i in (0..8).filter(|i| *i != ESP) {
-            from.gpr[i] = random.next(u32::MAX).wrapping_mul(5);
-        }
-        from.gpr[EBX] = MOMENT;
-        for i in 0..1024 {
-            let value = random.next(u32::MAX).wrapping_mul(7);
-            here.guest.ram.write_u32(FRAME + 4 * i, value).unwrap();
-            native.guest.ram.write_u32(FRAME + 4 * i, value).unwrap();
-        }
+        let from = random.start(regs(), [&here, &native]);
         here.flush(MOMENT);
         let (a, b) = (here.run(&code, from), native.run(&code, from));
         assert_eq!((a.gpr, a.eflags & FLAGS), (b.gpr, b.eflags & FLAGS), "{round}: {code:02x?}");
