@@ -110,7 +110,9 @@ fn opcodes(ring: u32) -> Vec<Vec<u8>> {
                 // What the policy hides and the CPU may have all the same: 3DNow!, RDRAND, XSAVE (csam's sensitivity).
                 let hidden = matches!(second, 0x0e | 0x0f)
                     || second == 0xc7 && modrm >= 0xf0
-                    || second == 0xae && matches!(modrm, 0x20 | 0x28 | 0x30);
+                    || second == 0xae && matches!(modrm, 0x20 | 0x28 | 0x30)
+                    // MOVDIRI, which nobody patches in ring 3.
+                    || second == 0x38 && modrm == 0xf9 && ring == 3;
                 // These would change how everything after them is understood.
                 let system =
                     matches!(second, 0x22 | 0x23) || second == 1 && matches!(modrm >> 3 & 7, 2 | 3 | 6);

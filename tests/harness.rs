@@ -56,8 +56,8 @@ struct Console {
     bytes: Vec<u8>,
     /// Up to here it has been expected already.
     seen: usize,
-    /// Streams still open.
-    open: u32,
+    /// It has not come to its end.
+    open: bool,
 }
 
 /// A running guest (or any other program with a console). Dropping it kills its whole process group.
@@ -103,12 +103,15 @@ impl Guest {
     /// # Panics
     /// When the command cannot be started.
     pub fn spawn_command(mut command: Command) -> Guest {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        // One pipe for both, so that what is written first is read first.
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        let second = writer.try_clone().expect("a descriptor");
+        command.stdin(Stdio::piped()).stdout(writer).stderr(second).process_group(0);
         let started = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
-        let console = Arc::new((Mutex::new(Console { open: 2, ..Console::default() }), Condvar::new()));
-        collect(child.stdout.take(), &console);
-        collect(child.stderr.take(), &console);
+        drop(command); // with its ends of the pipe
+        let console = Arc::new((Mutex::new(Console { open: true, ..Console::default() }), Condvar::new()));
+        collect(reader, &console);
         let stdin = child.stdin.take().map(|stdin| Box::new(stdin) as Box<dyn Write + Send>);
         Guest { child, stdin, terminal: None, settings: None, console, started, exited: None }
     }
@@ -131,9 +134,9 @@ impl Guest {
         let started = Instant::now();
         let child = command.spawn().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
         drop(command);
-        let console = Arc::new((Mutex::new(Console { open: 1, ..Console::default() }), Condvar::new()));
+        let console = Arc::new((Mutex::new(Console { open: true, ..Console::default() }), Condvar::new()));
         let master = File::from(pty.master);
-        collect(Some(master.try_clone().expect("a descriptor")), &console);
+        collect(master.try_clone().expect("a descriptor"), &console);
         let terminal = Some(File::from(pty.slave));
         Guest { child, stdin: Some(Box::new(master)), terminal, settings, console, started, exited: None }
     }
@@ -183,8 +186,8 @@ impl Guest {
             }
             from = console.bytes.len().saturating_sub(pattern.len()).max(console.seen);
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || console.open == 0 {
-                let why = if console.open == 0 { "the program ended without" } else { "waited in vain for" };
+            if left.is_zero() || !console.open {
+                let why = if console.open { "waited in vain for" } else { "the program ended without" };
                 let what = format!("{why} {pattern:?} (after {:.1} s)", self.started.elapsed().as_secs_f64());
                 return Err(Missed { what, console_tail: tail(&console.bytes) });
             }
@@ -271,8 +274,7 @@ impl Drop for Guest {
     }
 }
 
-fn collect(stream: Option<impl Read + Send + 'static>, console: &Arc<(Mutex<Console>, Condvar)>) {
-    let Some(mut stream) = stream else { return };
+fn collect(mut stream: impl Read + Send + 'static, console: &Arc<(Mutex<Console>, Condvar)>) {
     let console = Arc::clone(console);
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
@@ -284,7 +286,7 @@ fn collect(stream: Option<impl Read + Send + 'static>, console: &Arc<(Mutex<Cons
                 Ok(n) if n > 0 => console.bytes.extend_from_slice(&buffer[..n]),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 _ => {
-                    console.open -= 1;
+                    console.open = false;
                     changed.notify_all();
                     return;
                 }

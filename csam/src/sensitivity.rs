@@ -277,7 +277,7 @@ pub const fn classify(code: Code) -> Class {
 
         Xgetbv | Rdpkru | Wrpkru | Umonitor_r16 | Umonitor_r32 | Umwait_r32 | Tpause_r32 | Monitorxw
         | Monitorxd | Mwaitx | Mcommit | Rdpru | Enclu | Vmfunc | Enqcmd_r16_m512 | Enqcmd_r32_m512
-        | Pcommit => K::HiddenFeature,
+        | Pcommit | Movdiri_m32_r32 | Movdir64b_r16_m512 | Movdir64b_r32_m512 | Serialize => K::HiddenFeature,
 
         Mov_r32_tr | Mov_tr_r32 | Rsm | Getsecd | Encls | Enclv | Pconfig | Setssbsy | Clrssbsy_m64
         | Wrussd_m32_r32 | Enqcmds_r16_m512 | Enqcmds_r32_m512 | Loadiwkey_xmm_xmm | Hreset_imm8
