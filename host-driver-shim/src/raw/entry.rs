@@ -472,12 +472,13 @@ pub(super) unsafe fn interrupted_way(rip: u64, ring3: bool, a: *const Arena) -> 
     if !(address(subring_rc_keyed)..end).contains(&rip) {
         return None;
     }
+    let user = address(subring_rc_to_user);
     if ring3 {
-        return (rip >= address(subring_rc_user_way)).then_some(Way::User);
+        // Where PKRU has been loaded, checked or not: who comes there by himself gets his own rights.
+        return (rip > user).then_some(Way::User);
     }
     // SAFETY: by contract: atomics.
     let (token, pkru) = unsafe { ((*a).token.load(Relaxed), (*a).pkru.load(Relaxed)) };
-    let user = address(subring_rc_to_user);
     match super::keys::is_ring3(pkru) {
         // Up to the instruction that loads it, whoever has key 0 is the runtime.
         true => (rip <= user).then_some(Way::User),
@@ -504,4 +505,51 @@ pub(super) fn places() -> [u64; 11] {
         gate_address(),
         signal_entry_address() as u64,
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kick_finds_the_guest_wherever_a_keyed_world_is_about_to_enter_it() {
+        let layout = std::alloc::Layout::new::<Arena>();
+        // SAFETY: an arena has a size, and zeroes are one: words and atomics.
+        let a = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<Arena>();
+        assert!(!a.is_null());
+        // SAFETY: allocated above, and nobody else's.
+        let arena = unsafe { &*a };
+        // SAFETY: as above.
+        let way = |rip: u64, ring3: bool| unsafe { interrupted_way(rip, ring3, a) };
+        const WRPKRU: u64 = 3;
+        let (start, end) = (address(subring_rc_keyed), (&raw const subring_rc_keyed_end).addr() as u64);
+        let (to_kernel, kernel_way) = (address(subring_rc_to_kernel), address(subring_rc_kernel_way));
+        let (to_user, user_way) = (address(subring_rc_to_user), address(subring_rc_user_way));
+        assert!(start < to_kernel && to_kernel + WRPKRU < kernel_way && kernel_way < to_user);
+        assert!(to_user + WRPKRU < user_way && user_way < end);
+
+        // To ring 3: the runtime's PKRU, and behind the instruction that loads it ring 3's.
+        arena.pkru.store(USER_PKRU, Relaxed);
+        assert!((start..=to_user).all(|rip| way(rip, false) == Some(Way::User)));
+        assert!((to_user + WRPKRU..end).all(|rip| way(rip, true) == Some(Way::User)));
+        // Ring 3 by itself, before it would be entitled to; another PKRU than ring 3's loaded there.
+        assert!((start..=to_user).all(|rip| way(rip, true).is_none()));
+        assert!((to_user + WRPKRU..end).all(|rip| way(rip, false).is_none()));
+
+        // To ring 0: the token is set from the one instruction that loads PKRU until it has been checked.
+        arena.pkru.store(KERNEL_PKRU, Relaxed);
+        assert!((start..=to_kernel).all(|rip| way(rip, false) == Some(Way::Kernel)));
+        arena.token.store(1, Relaxed);
+        assert!((to_kernel + WRPKRU..kernel_way).all(|rip| way(rip, false) == Some(Way::Kernel)));
+        arena.token.store(0, Relaxed);
+        assert!((to_kernel + WRPKRU..kernel_way).all(|rip| way(rip, false).is_none()));
+        assert!((kernel_way..to_user).all(|rip| way(rip, false) == Some(Way::Kernel)));
+        assert!((start..to_user).all(|rip| way(rip, true).is_none()));
+
+        for rip in [start - 1, end] {
+            assert!(way(rip, true).is_none() && way(rip, false).is_none());
+        }
+        // SAFETY: allocated above with this layout; not used any more.
+        unsafe { std::alloc::dealloc(a.cast(), layout) };
+    }
 }
