@@ -98,15 +98,24 @@ impl Guest {
         Guest::spawn_command(command)
     }
 
-    /// Runs any command. Its console is standard output and standard error together.
+    /// Runs any command in a process group of its own. Its console is standard output and standard error together.
     ///
     /// # Panics
     /// When the command cannot be started.
     pub fn spawn_command(mut command: Command) -> Guest {
+        command.process_group(0);
+        Guest::spawn_in_our_group(command)
+    }
+
+    /// The same in the caller's process group: Ctrl-C ends both.
+    ///
+    /// # Panics
+    /// When the command cannot be started.
+    pub fn spawn_in_our_group(mut command: Command) -> Guest {
         // One pipe for both, so that what is written first is read first.
         let (reader, writer) = std::io::pipe().expect("a pipe");
         let second = writer.try_clone().expect("a descriptor");
-        command.stdin(Stdio::piped()).stdout(writer).stderr(second).process_group(0);
+        command.stdin(Stdio::piped()).stdout(writer).stderr(second);
         let started = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
         drop(command); // with its ends of the pipe

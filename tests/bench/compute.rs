@@ -83,7 +83,7 @@ fn measure(options: &BTreeMap<String, String>) -> Result<bool, SkipReason> {
         command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initrd);
         command.args(["-append", "console=ttyS0 quiet", "-nographic", "-no-reboot"]);
         command.args(["-m", &option("--memory", "256")]);
-        let mut guest = Guest::spawn_command(command);
+        let mut guest = Guest::spawn_in_our_group(command);
         let mut loops: BTreeMap<String, Pair> = BTreeMap::new();
         if let Err(missed) = guest.try_expect("/ # ", timeout) {
             eprintln!("bench-compute: {name}: {missed}");

@@ -187,7 +187,7 @@ fn one_run(who: &str, s: &Setting) -> Result<Result<Run, Missed>, SkipReason> {
     };
     command.arg("-kernel").arg(&s.kernel).arg("-initrd").arg(&s.initrd).args(["-append", &s.cmdline]);
     command.args(["-m", &s.memory, "-nographic", "-no-reboot"]);
-    Ok(in_guest(who, Guest::spawn_command(command), s))
+    Ok(in_guest(who, Guest::spawn_in_our_group(command), s))
 }
 
 fn in_guest(who: &str, mut guest: Guest, s: &Setting) -> Result<Run, Missed> {
@@ -224,7 +224,7 @@ fn natively(s: &Setting) -> Result<Result<Run, Missed>, SkipReason> {
     std::fs::create_dir_all(&dir).map_err(|e| SkipReason(format!("{}: {e}", dir.display())))?;
     let mut command = Command::new(&s.program);
     command.arg(&dir).arg(&s.busybox).args(&s.prefix);
-    let mut program = Guest::spawn_command(command);
+    let mut program = Guest::spawn_in_our_group(command);
     let result = rows_of(&mut program, s).map(|host_ns| parse(&program.console(), host_ns));
     let _ = std::fs::remove_dir_all(&dir);
     Ok(result)
