@@ -43,6 +43,11 @@ pub(crate) const ORDERS_VA: u64 = ARENA_VA + 0x6000_0000;
 /// In a world of ring 0 that may enter confined worlds by itself: all [`Cell`]s ([`super::rc_users`]).
 pub(crate) const CELLS_VA: u64 = ARENA_VA + 0x7000_0000;
 
+/// Where a world has its vDSO. When 32-bit code executes SYSENTER, an Intel host's kernel goes on at the low half of where the process
+/// has its vDSO, and the landing pad's offset in the 32-bit one (Linux, arch/x86/entry/syscall_32.c, do_SYSENTER_32): for a 64-bit
+/// process that is anywhere below 4 GiB, but from here it is in the first pages, where nothing is ever mapped.
+pub(crate) const VDSO_VA: u64 = 0x3000_0000_0000;
+
 /// How many commands fit.
 pub(crate) const COMMANDS: usize = 1024;
 

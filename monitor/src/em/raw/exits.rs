@@ -402,6 +402,10 @@ impl RawEngine {
                 cpl: cpu.cpl,
                 raw: exit.into(),
             };
+            if cs == HOST_CS32 && eip < LOW_LIMIT && Self::is_fetch(exit) {
+                // SYSENTER, which CPUID hides: an Intel host takes it, and a world has it end here. EIP is lost, and ESP is EBP.
+                return Ok(After::Deliver(Event::Exception(Trap::UD)));
+            }
             return Ok(match selm::far_jump(cpu, m, cs, eip, 4) {
                 Ok(()) if exit == WorldExit::Kick => After::Kicked,
                 Ok(()) => After::Continue,
@@ -504,6 +508,11 @@ impl RawEngine {
         let words = &mut Words(self.users[number].world.as_mut());
         cpu.eip = fix.apply(&mut cpu.gpr, &mut flags, words).wrapping_sub(base);
         self.user_flags(cpu, flags);
+    }
+
+    /// The exit is a page fault of a fetch.
+    fn is_fetch(exit: WorldExit) -> bool {
+        matches!(exit, WorldExit::Fault { vector: 14, error_code, .. } if error_code & pf::FETCH != 0)
     }
 
     /// EFLAGS of ring 3. `popf` of ring 3 may have set TF; the refusal of it keeps it out of worlds from here on.

@@ -70,6 +70,8 @@ const LAST_PAGE: u32 = 0xf_ffff;
 const AROUND: u32 = 16;
 /// The host's 64-bit code segment (Linux's __USER_CS).
 const HOST_CS64: u16 = 0x33;
+/// The host's selector of 32-bit user code (Linux, arch/x86/include/asm/segment.h).
+const HOST_CS32: u16 = 0x23;
 /// After so many moves the reservations stay where they are: a guest that has memory everywhere would keep us moving.
 const MAX_MOVES: u64 = 40;
 /// EFLAGS bits that are the hardware's own while guest ring-0 code runs; the others are virtual.
