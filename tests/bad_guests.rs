@@ -588,24 +588,6 @@ fn system_call_instructions_mean_what_they_mean_to_the_guest() {
 }
 
 #[test]
-fn sysenter_of_ring_3_is_an_invalid_opcode_after_a_while_too() {
-    // Long enough that it is the host's CPU which executes it; EBP is of no use as a stack, and then is one.
-    for stack in [0, USER_STACK - 0x40] {
-        let image = user(|a| {
-            let mut again = a.create_label();
-            a.mov(ecx, 1_000_000u32)?;
-            a.set_label(&mut again)?;
-            a.dec(ecx)?;
-            a.jne(again)?;
-            a.mov(ebp, stack)?;
-            a.mov(eax, 20u32)?;
-            a.db(&[0x0f, 0x34])
-        });
-        both(&image, |end| end.expect_said(event(6)));
-    }
-}
-
-#[test]
 fn what_tries_everything_is_told_the_same_by_both_engines() {
     for guest in guests(EVERY_NTH_SELECTOR) {
         println!("-- {}", guest.name);

@@ -87,6 +87,27 @@ fn host_system_calls_of_the_guest_are_exits() {
 }
 
 #[test]
+fn sysenter_ends_where_nothing_is_mapped() {
+    let mut g = Guest::with(&[0x0f, 0x34, 0xf4]);
+    let mut r = regs();
+    // Where the host's kernel looks for an argument, in vain: no system call comes of it, which the jail would answer.
+    r.gpr[5] = 0; // EBP
+    match g.run(&mut r) {
+        // AMD.
+        WorldExit::Fault { vector: 6, .. } => assert_eq!(r.eip, CODE),
+        // Intel: the host's kernel goes on at its landing pad, with its own code segment.
+        WorldExit::Fault { vector: 14, error_code, .. } => {
+            assert!(error_code & 16 != 0 && r.eip < 0x1_0000 && r.sel[1] == 0x23, "{r:x?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // The world lives on.
+    r = regs();
+    r.eip += 2;
+    assert_eq!(g.run(&mut r), GP);
+}
+
+#[test]
 fn the_gate_carries_the_reason_and_disturbs_nothing() {
     let mut g = Guest::with(&gate_jump(0xdead_0001));
     let mut r = regs();
