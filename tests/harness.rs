@@ -60,7 +60,7 @@ struct Console {
     open: bool,
 }
 
-/// A running guest (or any other program with a console). Dropping it kills its whole process group.
+/// A running guest (or any other program with a console). Dropping it kills it, and its process group if that is its own.
 pub struct Guest {
     child: Child,
     stdin: Option<Box<dyn Write + Send>>,

@@ -97,7 +97,7 @@ fn sysenter_ends_where_nothing_is_mapped() {
         WorldExit::Fault { vector: 6, .. } => assert_eq!(r.eip, CODE),
         // Intel: the host's kernel goes on at its landing pad, with its own code segment.
         WorldExit::Fault { vector: 14, error_code, .. } => {
-            assert!(error_code & 16 != 0 && r.eip < 0x1_0000 && r.sel[1] == 0x23, "{r:x?}");
+            assert!(error_code & 16 != 0 && r.eip < 0x1_0000 && r.sel[1] == CS, "{r:x?}");
         }
         other => panic!("{other:?}"),
     }

@@ -70,7 +70,7 @@ const LAST_PAGE: u32 = 0xf_ffff;
 const AROUND: u32 = 16;
 /// The host's 64-bit code segment (Linux's __USER_CS).
 const HOST_CS64: u16 = 0x33;
-/// The host's selector of 32-bit user code (Linux, arch/x86/include/asm/segment.h).
+/// The host's 32-bit code segment (Linux's __USER32_CS).
 const HOST_CS32: u16 = 0x23;
 /// After so many moves the reservations stay where they are: a guest that has memory everywhere would keep us moving.
 const MAX_MOVES: u64 = 40;
