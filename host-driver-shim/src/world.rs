@@ -83,6 +83,21 @@ pub enum WorldExit {
     /// A world of ring 0 has entered the confined world it may ([`UsersRules`]), and that one's exit is to be
     /// [taken](World::take_exit).
     Users,
+    /// The world has handed the guest over to another one, this or one behind it has left guest code, and its exit is to be
+    /// [taken](World::take_exit).
+    Handed {
+        /// The [seat](World::seat) of the one that has left (an allegation).
+        seat: u32,
+    },
+}
+
+/// A piece of the guest's page tables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TableSpan {
+    /// GuestPhys, a multiple of 4.
+    pub at: u64,
+    /// Bytes, a multiple of 4.
+    pub len: u32,
 }
 
 /// LDT slot of ring 3's flat code in keyed worlds, which cannot be read.
@@ -341,6 +356,8 @@ pub enum QuickKind {
     Halt = 4,
     /// `iret`, if it is to ring 3: see [`UsersRules`].
     ToUsers = 5,
+    /// `mov cr3, r32` with the register `base`: the world may hand the guest over to another one.
+    LoadCr3 = 6,
 }
 
 /// A site that a world may do by itself when its trampoline leaves by the gate.
@@ -530,7 +547,7 @@ pub trait World {
     fn settle(&mut self) -> Result<(), WorldError> {
         Ok(())
     }
-    /// After [`WorldExit::Users`] of another world: what [`World::run`] of this one would have yielded.
+    /// After [`WorldExit::Users`] or [`WorldExit::Handed`] of another world: what [`World::run`] of this one would have yielded.
     fn take_exit(&mut self, _regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
         Err(WorldError::Died(String::from("nobody enters this world by itself")))
     }
@@ -566,6 +583,34 @@ pub trait World {
     fn take_posted(&mut self, _each: &mut dyn FnMut(PortWrite)) {}
     /// Something of a large guest page is mapped around this guest linear address: `invlpg` there is for the monitor.
     fn mark_large(&mut self, _lin: u32) {}
+    /// Its number among the worlds that may hand the guest over to each other; None: it never does, and is never handed to.
+    fn seat(&self) -> Option<u32> {
+        None
+    }
+    /// Other worlds may hand the guest over to this one, when it loads `cr3`, as long as what is in `tables` now is there still,
+    /// nothing is queued for this world or has been mapped by it, and both have been told the same ([`World::set_epoch`]).
+    /// False: there is too much to compare.
+    fn arm(&mut self, _epoch: u32, _cr3: u32, _tables: &[TableSpan]) -> bool {
+        false
+    }
+    /// It is armed, under this epoch.
+    fn is_armed(&self, _epoch: u32) -> bool {
+        false
+    }
+    /// The guest is not handed over to this world any more.
+    fn disarm(&mut self) {}
+    /// All that is told to all worlds alike (rules, sites, descriptors by number) is what it was when the number was the same.
+    fn set_epoch(&mut self, _epoch: u32) {}
+    /// After [`WorldExit::Handed`]: the seats of all worlds that were handed to (an allegation).
+    fn take_runners(&mut self) -> Vec<u32> {
+        Vec::new()
+    }
+    /// No slot of its LDT counts as set.
+    fn forget_segments(&mut self) {}
+    /// How often the world says the guest was handed over to it, ever (wraps).
+    fn taken_over(&self) -> u32 {
+        0
+    }
     /// Hands over, in order, what the world has mapped by itself since the last call, and yields how many faults that
     /// answered.
     fn take_fills(&mut self, _each: &mut dyn FnMut(Fill)) -> u32 {

@@ -17,6 +17,7 @@ use super::rc_doze::DozeArea;
 use super::rc_port::PortArea;
 use super::rc_quick::QUICK;
 use super::rc_users::UsersArea;
+use super::relay::Hand;
 use crate::shared::{SharedMap, copy};
 use crate::world::{DeliveryRules, HwRegs, Quick};
 
@@ -42,6 +43,9 @@ pub(crate) const ORDERS_VA: u64 = ARENA_VA + 0x6000_0000;
 
 /// In a world of ring 0 that may enter confined worlds by itself: all [`Cell`]s ([`super::rc_users`]).
 pub(crate) const CELLS_VA: u64 = ARENA_VA + 0x7000_0000;
+
+/// In a world that has a seat: all of them ([`super::relay`]).
+pub(crate) const SEATS_VA: u64 = ARENA_VA + 0x1_0000_0000;
 
 /// Where a world has its vDSO. When 32-bit code executes SYSENTER, an Intel host's kernel goes on at the low half of where the process
 /// has its vDSO, and the landing pad's offset in the 32-bit one (Linux, arch/x86/entry/syscall_32.c, do_SYSENTER_32): for a 64-bit
@@ -229,6 +233,7 @@ pub(crate) struct Arena {
     pub(crate) transit: Page,
     pub(crate) delivery: DeliveryRules,
     pub(crate) users: UsersArea,
+    pub(crate) hand: Hand,
     pub(crate) quick: [Quick; QUICK],
     pub(crate) ports: PortArea,
     pub(crate) doze: DozeArea,
@@ -284,6 +289,11 @@ impl ArenaMap {
         let part = |at: usize, len| cells.part((number * size_of::<Cell>() + at) as u64, len);
         let arena = part(offset_of!(Cell, arena), size_of::<Arena>())?;
         Ok(ArenaMap { arena, fill: Some(part(offset_of!(Cell, fill), size_of::<FillArea>())?) })
+    }
+
+    /// The one at this offset of a larger memory object.
+    pub(crate) fn part_of(map: &SharedMap, at: u64) -> io::Result<ArenaMap> {
+        Ok(ArenaMap { arena: map.part(at, size_of::<Arena>())?, fill: None })
     }
 
     /// The mapping the fill area is in, and where.

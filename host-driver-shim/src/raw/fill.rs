@@ -260,7 +260,10 @@ impl ArenaMap {
         }
         if n != 0 {
             noted.store(0, Relaxed);
+            // What it is armed for does not know of these.
+            self.disarm();
         }
+        self.forget_hand();
     }
 
     /// The atomic word at this offset of the fill area.

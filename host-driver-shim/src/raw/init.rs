@@ -9,12 +9,13 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::arena::{
     ARENA_FD, ARENA_VA, Arena, CELLS, CELLS_FD, CELLS_VA, Cell, FILTER_MAX, ORDERS_FD, ORDERS_VA, OWN_FILTER,
-    RAM_FD, RAM_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, VDSO_VA, WATCHED_FD,
+    RAM_FD, RAM_VA, SEATS_VA, SIGNAL_STACK_SIZE, SIGNAL_STACK_VA, STACK_SIZE, STACK_VA, VDSO_VA, WATCHED_FD,
     WATCHED_VA, WINDOWS_VA, exit_kind,
 };
 use super::entry::{call_address, gate_address, restorer_address, signal_entry_address, subring_rc_leave};
 use super::orders::Orders;
 use super::rc::{arena, death, die};
+use super::relay::RelayMemory;
 use super::signal::{GUARD_SIGNAL, KICK_SIGNAL};
 use super::{keys, mapper, rc_window};
 use crate::ram::watched_size;
@@ -65,9 +66,9 @@ extern "C" fn become_world_if_asked() {
         return;
     }
     // SAFETY: getenv returned a valid C string.
-    let Some(cell) = cell_named(unsafe { CStr::from_ptr(value) }.to_bytes()) else { return };
+    let Some(at) = place_named(unsafe { CStr::from_ptr(value) }.to_bytes()) else { return };
     let mut step = 1;
-    if set_up(cell, &mut step).is_ok() {
+    if set_up(at, &mut step).is_ok() {
         // SAFETY: set-up is complete: arena and stack are mapped and the handlers are in place.
         unsafe { subring_rc_leave() }
     }
@@ -82,13 +83,12 @@ extern "C" fn become_world_if_asked() {
     die(death::SETUP)
 }
 
-/// Where in its memory object the arena of the world named is: at 0, or [`WORLD_VALUE`] is followed by the number of a cell.
-fn cell_named(value: &[u8]) -> Option<u64> {
+/// Where in its memory object the arena of the world named is, in bytes: the number behind [`WORLD_VALUE`].
+fn place_named(value: &[u8]) -> Option<u64> {
     let digits = value.strip_prefix(WORLD_VALUE.to_bytes())?;
-    let number = digits.iter().try_fold(0u64, |n, digit| {
+    digits.iter().try_fold(0u64, |n, digit| {
         digit.is_ascii_digit().then(|| n.wrapping_mul(10).wrapping_add(u64::from(digit - b'0')))
-    })?;
-    Some(number.wrapping_mul(size_of::<Cell>() as u64))
+    })
 }
 
 /// A step failed, errno says why.
@@ -98,13 +98,13 @@ pub(super) fn check(fine: bool) -> Result<(), Refused> {
     if fine { Ok(()) } else { Err(Refused) }
 }
 
-fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
-    map_part(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, (ARENA_FD, cell))?;
+fn set_up(at: u64, step: &mut u32) -> Result<(), Refused> {
+    map_part(ARENA_VA, size_of::<Arena>() as u64, READ_WRITE, libc::MAP_SHARED, (ARENA_FD, at))?;
     *step = 2;
     // SAFETY: the arena is mapped.
     let confined = unsafe { (*arena()).confined.load(Acquire) } != 0;
     if confined {
-        let orders = (ORDERS_FD, cell + offset_of!(Cell, orders) as u64);
+        let orders = (ORDERS_FD, at + offset_of!(Cell, orders) as u64);
         map_part(ORDERS_VA, size_of::<Orders>() as u64, libc::PROT_READ, libc::MAP_SHARED, orders)?;
     } else {
         // SAFETY: the arena is mapped.
@@ -114,6 +114,11 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
         // SAFETY: the arena is mapped.
         if unsafe { (*arena()).master.load(Acquire) } != 0 {
             map_fixed(CELLS_VA, (CELLS * size_of::<Cell>()) as u64, READ_WRITE, libc::MAP_SHARED, CELLS_FD)?;
+        }
+        // SAFETY: the arena is mapped.
+        if unsafe { (*arena()).hand.seat.load(Acquire) } != 0 {
+            let shared = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            map_fixed(SEATS_VA, size_of::<RelayMemory>() as u64, READ_WRITE, shared, ARENA_FD)?;
         }
     }
     let own = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -202,7 +207,7 @@ fn set_up(cell: u64, step: &mut u32) -> Result<(), Refused> {
     *step = 13;
     if confined {
         // SAFETY: the runtime's stack is used first by `subring_rc_leave`.
-        check(unsafe { mapper::start(cell) })?;
+        check(unsafe { mapper::start(at) })?;
         // The mapper has its own table of them.
         // SAFETY: closes descriptors nothing in this thread uses any more.
         check(unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0)?;

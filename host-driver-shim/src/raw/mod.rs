@@ -5,6 +5,7 @@
 //! 3. Monitor and world take turns by one futex word in their shared [`arena`]; the world's side is [`rc`].
 //! 4. Guest code is entered and left in [`entry`] (assembly) and [`signal`].
 //! 5. Data faults that are only misses of the shadow are answered inside the world: [`fill`], [`rc_fill`], [`rc_walk`].
+//! 6. A world hands the guest over to another one when it loads CR3: [`relay`], [`rc_switch`].
 //!
 //! A world can be taken over by its guest (`ljmp 33h`). What it can do then: compute, change its own mappings of guest
 //! RAM, lie to the monitor in the arena, end itself. A *confined* world, for guest code that must not reach all guest RAM, has
@@ -28,9 +29,11 @@ mod rc_doze;
 mod rc_fill;
 mod rc_port;
 mod rc_quick;
+mod rc_switch;
 mod rc_users;
 pub mod rc_walk;
 pub(crate) mod rc_window;
+mod relay;
 pub(crate) mod signal;
 mod spawn;
 
@@ -45,8 +48,8 @@ use crate::ram::GuestRam;
 use crate::shared::SharedMap;
 use crate::world::{
     Backing, CpuidRow, DeliveryRules, Fill, FillRules, Guard, HostSegment, HwRegs, Kicker, PORT_ROWS,
-    PortRow, PortWrite, Prot, QUICK_SITES, Quick, UsersRules, World, WorldError, WorldExit, WorldLin,
-    initial_fx,
+    PortRow, PortWrite, Prot, QUICK_SITES, Quick, TableSpan, UsersRules, World, WorldError, WorldExit,
+    WorldLin, initial_fx,
 };
 use arena::{
     ARENA_FD, ARENA_VA, Arena, ArenaMap, CELLS, CODE_FD, COMMANDS, Cell, Command, MAPPERS_FILTER, OWN_FILTER,
@@ -57,6 +60,7 @@ pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
 use jail::Filters;
 use orders::{OrdersMap, Then};
+use relay::Relay;
 use spawn::{Keeper, Objects, Process, futex_requeue, futex_wait, futex_wake};
 
 /// No CPU to bind worlds to.
@@ -112,6 +116,7 @@ struct Engine {
     trap_tsc: AtomicBool,
     filters: Filters,
     keeper: Keeper,
+    relay: Arc<Relay>,
     /// Those of confined worlds.
     cells: SharedMap,
     /// Whose they are.
@@ -130,6 +135,7 @@ impl RawEngine {
             trap_tsc: AtomicBool::new(false),
             filters,
             keeper,
+            relay: Arc::new(Relay::new().map_err(host("making the memory of worlds"))?),
             cells: SharedMap::new(c"subring-cells", CELLS * size_of::<Cell>())
                 .map_err(host("making the memory of confined worlds"))?,
             tenants: Mutex::new(vec![None; CELLS]),
@@ -181,10 +187,33 @@ impl RawEngine {
         self.spawn(Kind::Confined(number))
     }
 
+    /// A seat for a new world.
+    fn free_seat(&self) -> Result<(usize, ArenaMap), WorldError> {
+        let failed = "making a world's memory";
+        let start = Instant::now();
+        // Those that have ended leave theirs when they are gone.
+        loop {
+            if let Some(free) = self.0.relay.free().map_err(host(failed))? {
+                return Ok(free);
+            }
+            if start.elapsed() > BIRTH {
+                return Err(host(failed)(io::Error::other("there are too many")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn spawn(&self, kind: Kind) -> Result<RawWorld, WorldError> {
         let engine = &self.0;
         let failed = "making a world's memory";
+        let mut seat = None;
         let (arena, orders, cell) = match kind {
+            Kind::Plain | Kind::Keyed => {
+                let (number, arena) = self.free_seat()?;
+                arena.set_seat(number);
+                seat = Some(number);
+                (arena, None, None)
+            }
             Kind::Confined(number) => {
                 let arena = ArenaMap::in_cell(&engine.cells, number).map_err(host(failed))?;
                 let orders = OrdersMap::in_cell(&engine.cells, number).map_err(host(failed))?;
@@ -192,7 +221,7 @@ impl RawEngine {
                 engine.cells.discard(at, size_of::<Cell>()).map_err(host(failed))?;
                 (arena, Some(orders), Some(number))
             }
-            _ => (ArenaMap::new().map_err(host(failed))?, None, None),
+            Kind::Master => (ArenaMap::new().map_err(host(failed))?, None, None),
         };
         let fits = match cell {
             None if kind == Kind::Keyed => arena.set_filter(OWN_FILTER, &engine.filters.keyed),
@@ -219,9 +248,17 @@ impl RawEngine {
             code: engine.code.world_fd(),
             watched: if cell.is_some() { engine.cells.fd() } else { engine.ram.watched_fd() },
             cells: (kind == Kind::Master).then(|| engine.cells.fd()),
-            cell,
+            arena_at: arena.start(),
         };
-        let process = engine.keeper.spawn(arena, orders, objects).map_err(host("spawning a world"))?;
+        let seat = seat.map(|number| number as u32);
+        let relay = seat.map(|number| (Arc::downgrade(&engine.relay), number));
+        if let Some(number) = seat {
+            engine.relay.begin(number);
+        }
+        let process = engine.keeper.spawn(arena, orders, relay, objects).map_err(host("spawning a world"))?;
+        if let Some(number) = seat {
+            engine.relay.seat(number as usize, &process);
+        }
         if let Some(number) = cell
             && let Some(tenant) = engine.tenants().get_mut(number)
         {
@@ -240,6 +277,7 @@ impl RawEngine {
             mapper: None,
             keyed: kind == Kind::Keyed,
             cell,
+            seat,
             entered: None,
             prepared: 0,
         };
@@ -314,6 +352,8 @@ pub struct RawWorld {
     keyed: bool,
     /// The number of a confined world's cell.
     cell: Option<usize>,
+    /// Its number among those that may hand the guest over to each other.
+    seat: Option<u32>,
     /// The cell of the confined world this one may enter by itself.
     entered: Option<usize>,
     /// So many queued commands have been left for another world to have carried out.
@@ -399,6 +439,9 @@ impl RawWorld {
         if self.process.is_dead() || self.finished {
             return Err(self.died());
         }
+        if let Some(seat) = self.seat {
+            self.engine.relay.begin(seat);
+        }
         // A death between that check and this store overwrites neither: the keeper stores DEAD after it sets `dead`,
         // and the wait below looks at `dead` again before its first sleep is over and at every tick.
         word.store(turn::WORLD, Ordering::SeqCst);
@@ -475,7 +518,10 @@ impl RawWorld {
 
     /// Waits for the world to hand over, or its death.
     fn wait(&mut self, limit: Option<Duration>) -> Result<(), WorldError> {
-        let word = self.process.arena.word(Word::TURN);
+        let word = match self.seat {
+            Some(_) => self.engine.relay.turn(),
+            None => self.process.arena.word(Word::TURN),
+        };
         let start = limit.map(|_| Instant::now());
         let mut unanswered = 0;
         loop {
@@ -483,9 +529,15 @@ impl RawWorld {
             if whose == turn::MONITOR {
                 return Ok(());
             }
-            if self.process.is_dead() {
-                return Err(self.died());
-            }
+            let other = match self.handed_to() {
+                None if self.process.is_dead() => return Err(self.died()),
+                None => None,
+                Some(seat) => match self.engine.relay.process(seat) {
+                    None => return Err(self.misbehaved()),
+                    Some(other) if other.is_dead() => return Ok(()),
+                    other => other,
+                },
+            };
             if whose != turn::WORLD {
                 // Not the keeper's DEAD (it sets `dead` first), so the world wrote it; waiting would not sleep.
                 return Err(self.misbehaved());
@@ -516,6 +568,14 @@ impl RawWorld {
                 // Perhaps it is the confined world that does not answer; then this one will.
                 guest.signal(libc::SIGKILL);
             }
+            if unanswered > PATIENCE
+                && let Some(other) = other
+            {
+                // Its end is noticed.
+                other.signal(libc::SIGKILL);
+                unanswered = 0;
+                continue;
+            }
             if unanswered > PATIENCE || late {
                 self.process.signal(libc::SIGKILL);
                 self.finished = true;
@@ -523,6 +583,11 @@ impl RawWorld {
                 return Err(WorldError::Died(String::from(why)));
             }
         }
+    }
+
+    /// The seat of the world to which the guest has been handed from here, in the run that is on or was the last.
+    fn handed_to(&self) -> Option<u32> {
+        self.seat.and_then(|own| Some(self.engine.relay.holder()).filter(|holder| *holder != own))
     }
 
     fn died(&self) -> WorldError {
@@ -600,6 +665,7 @@ impl RawWorld {
     }
 
     fn push(&mut self, command: Command) -> Result<(), WorldError> {
+        self.process.arena.disarm();
         self.take_back();
         if self.commands.len() >= COMMANDS {
             self.flush()?;
@@ -654,6 +720,9 @@ impl World for RawWorld {
             return Err(self.alleged_failure());
         }
         self.commands.clear();
+        if let Some(seat) = self.handed_to() {
+            return Ok(WorldExit::Handed { seat });
+        }
         self.exit(kind, regs)
     }
 
@@ -676,6 +745,7 @@ impl World for RawWorld {
         let data = matches!(backing, Backing::Ram(_)) && !prot.contains(Prot::EXEC);
         self.process.arena.show(at.0 >> 12, len >> 12, if data { Shown::Data } else { Shown::Other });
         self.take_back();
+        self.process.arena.disarm();
         let c =
             Command { op: op::MAP, a: at.0, b: len, c: self.prot(prot), d: fd as u32, reserved: 0, offset };
         if let Some(last) = self.commands.last_mut()
@@ -722,6 +792,7 @@ impl World for RawWorld {
             | u32::from(!segment.rw) << 3
             | u32::from(segment.limit_in_pages) << 4
             | 1 << 6;
+        self.process.arena.slot_is_set(slot);
         self.push(Command {
             op: op::SEGMENT,
             a: u32::from(slot),
@@ -854,6 +925,10 @@ impl World for RawWorld {
         if self.process.arena.get(Word::TURN) != turn::MONITOR {
             return Err(self.misbehaved());
         }
+        if self.seat.is_some() {
+            let kind = self.process.arena.get(Word::EXIT_KIND);
+            return self.exit(kind, regs);
+        }
         let failed = self.process.orders.as_ref().and_then(OrdersMap::failed);
         if let Some(index) = failed.filter(|_| self.prepared != 0) {
             return Err(self.command_failed(index, None));
@@ -920,6 +995,45 @@ impl World for RawWorld {
         now.wrapping_sub(std::mem::replace(&mut self.answered, now))
     }
 
+    fn seat(&self) -> Option<u32> {
+        self.seat
+    }
+
+    fn arm(&mut self, epoch: u32, cr3: u32, tables: &[TableSpan]) -> bool {
+        let Some(seat) = self.seat else { return false };
+        let armed = self.process.arena.arm(&self.engine.ram, epoch, cr3, tables);
+        if armed {
+            self.engine.relay.set_place(cr3, seat);
+        }
+        armed
+    }
+
+    fn is_armed(&self, epoch: u32) -> bool {
+        self.seat.is_some() && self.process.arena.is_armed(epoch)
+    }
+
+    fn disarm(&mut self) {
+        self.process.arena.disarm();
+    }
+
+    fn set_epoch(&mut self, epoch: u32) {
+        if self.seat.is_some() {
+            self.engine.relay.set_epoch(epoch);
+        }
+    }
+
+    fn take_runners(&mut self) -> Vec<u32> {
+        self.engine.relay.take_listed()
+    }
+
+    fn forget_segments(&mut self) {
+        self.process.arena.forget_slots();
+    }
+
+    fn taken_over(&self) -> u32 {
+        self.process.arena.taken()
+    }
+
     fn kicker(&self) -> Arc<dyn Kicker> {
         self.kicker.clone()
     }
@@ -944,5 +1058,10 @@ impl Kicker for RawKicker {
         self.0.arena.word(Word::KICK).store(1, Ordering::SeqCst);
         // A world that gets the turn later looks at the flag on its way in.
         self.0.signal_if_open(signal::KICK_SIGNAL);
+        if let Some((relay, own)) = &self.0.seat
+            && let Some(relay) = relay.upgrade()
+        {
+            relay.kick_holder(*own, signal::KICK_SIGNAL);
+        }
     }
 }

@@ -10,7 +10,8 @@ use super::arena::{ARENA_VA, Arena, COMMANDS, Command, exit_kind, op, request, t
 use super::entry::{self, subring_rc_resume};
 use super::fill::NO_FAULT;
 use super::rc_deliver::CPL;
-use super::{keys, rc_doze, rc_quick, rc_window};
+use super::rc_quick::Next;
+use super::{keys, rc_doze, rc_quick, rc_switch, rc_window};
 
 /// A run of pages up to this long is entered in the page tables when it is mapped: cheaper than a page fault each.
 const POPULATE_UP_TO: u32 = 64 << 10;
@@ -53,17 +54,24 @@ pub(crate) fn die(code: i32) -> ! {
 pub(crate) unsafe extern "C" fn serve() -> ! {
     let a = arena();
     // SAFETY: in a world the arena is mapped at `a`; if the gate brought us here, it has saved the registers.
-    if unsafe { rc_quick::answer(a) } {
+    let mut next = unsafe { rc_quick::answer(a) };
+    if next == Next::Guest {
         // SAFETY: we are in a world on the runtime's stack.
         unsafe { subring_rc_resume() };
     }
     loop {
         // SAFETY: in a world the arena is mapped at `a` for the process's whole life; its words are atomics.
-        let turn = unsafe { &(*a).turn };
+        let (turn, seat) = unsafe { (&(*a).turn, (*a).hand.seat.load(Relaxed)) };
         let word = turn.as_ptr().addr() as u64;
-        turn.store(turn::MONITOR, SeqCst);
-        // SAFETY: `word` is the address of a futex word in the arena.
-        unsafe { syscall(libc::SYS_futex, word, libc::FUTEX_WAKE as u64, 1, 0, 0, 0) };
+        if next != Next::Other {
+            turn.store(turn::MONITOR, SeqCst);
+            let common = if seat == 0 { turn } else { rc_switch::common_turn() };
+            common.store(turn::MONITOR, SeqCst);
+            let word = common.as_ptr().addr() as u64;
+            // SAFETY: `word` is the address of a futex word in the arena or before the seats.
+            unsafe { syscall(libc::SYS_futex, word, libc::FUTEX_WAKE as u64, 1, 0, 0, 0) };
+        }
+        next = Next::Monitor;
         while turn.load(SeqCst) != turn::WORLD {
             // SAFETY: `word` is the address of a futex word in the arena; 0 = no timeout.
             unsafe {

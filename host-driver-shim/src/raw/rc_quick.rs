@@ -14,7 +14,7 @@ use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_doze;
 use super::rc_fill::{self, PF_WRITE};
 use super::{rc_access, rc_port};
-use super::{rc_users, rc_window};
+use super::{rc_switch, rc_users, rc_window};
 use crate::world::{Quick, QuickKind};
 
 /// CS in [`crate::world::HwRegs::sel`].
@@ -24,21 +24,35 @@ const KERNEL_CS: u16 = 0x23;
 /// Entries of the table.
 pub(crate) const QUICK: usize = crate::world::QUICK_SITES;
 
-/// Does what the gate was left for, if it is in the table; the arena's registers are then those behind it. False: the
-/// monitor is to do it, and nothing has changed.
+/// Who goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// The guest, in this world.
+    Guest,
+    /// The monitor.
+    Monitor,
+    /// The guest, in another world.
+    Other,
+}
+
+/// Does what the gate was left for, if it is in the table; the arena's registers are then those behind it. The monitor: it is
+/// to do it, and nothing has changed.
 ///
 /// # Safety
 /// In a world, `a` is its mapped arena with the registers the gate saved, and the world has the turn.
-pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
+pub(crate) unsafe fn answer(a: *mut Arena) -> Next {
     // SAFETY: by contract: atomics.
     let (kind, reason) = unsafe { ((*a).exit.kind.load(Relaxed), vcpu_word(a, GATE_REASON).load(Relaxed)) };
     if kind != exit_kind::GATE || reason == 0 {
-        return false;
+        return Next::Monitor;
     }
     // SAFETY: by contract; the monitor writes the table only when it has the turn.
     let table = unsafe { (&raw const (*a).quick).read_volatile() };
-    let Some(quick) = table.iter().find(|q| q.reason == reason) else { return false };
-    match quick.kind {
+    let Some(quick) = table.iter().find(|q| q.reason == reason) else { return Next::Monitor };
+    let done = match quick.kind {
+        // SAFETY: by contract.
+        QuickKind::LoadCr3 if unsafe { rc_switch::load_cr3(a, quick) } => return Next::Other,
+        QuickKind::LoadCr3 => false,
         // SAFETY: by contract.
         QuickKind::Refill => unsafe { refill(a, quick) },
         // SAFETY: by contract.
@@ -49,7 +63,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> bool {
         QuickKind::Invlpg => unsafe { flush(a, quick) },
         // SAFETY: by contract.
         QuickKind::ToUsers => unsafe { rc_users::enter(a) },
-    }
+    };
+    if done { Next::Guest } else { Next::Monitor }
 }
 
 /// Goes on behind the instruction.
@@ -107,7 +122,11 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
     let Some(base) = gpr.get(quick.base as usize) else { return false };
     let lin = base.wrapping_add(quick.displacement);
     // SAFETY: by contract: everything in the fill area but the rules is atomic.
-    let (area, delta) = unsafe { (&(*a).fill, (&raw const (*a).fill.rules.delta).read_volatile()) };
+    let (area, delta, users_below) = unsafe {
+        let rules = &raw const (*a).fill.rules;
+        let of_users = (&raw const (*rules).users_below).read_volatile();
+        (&(*a).fill, (&raw const (*rules).delta).read_volatile(), of_users)
+    };
     let page = lin.wrapping_add(delta) >> 12;
     let large =
         area.large.get((lin >> 26) as usize).is_none_or(|w| w.load(Relaxed) >> (lin >> 21 & 31) & 1 != 0);
@@ -123,6 +142,10 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
         if !rc_window::windows().take_out(page) && unmap(page << 12, 4096) < 0 {
             return false;
         }
+    }
+    if lin >= users_below {
+        // SAFETY: by contract: an atomic.
+        unsafe { (*a).hand.flushed.store(1, Relaxed) };
     }
     // The same fault again is what is to be expected now.
     area.last.store(NO_FAULT, Relaxed);

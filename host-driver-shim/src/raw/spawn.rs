@@ -9,13 +9,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use super::arena::{ARENA_FD, ArenaMap, CELLS_FD, CODE_FD, RAM_FD, WATCHED_FD, Word, turn};
 use super::init::{CONSTRUCTOR, STEPS, WORLD_ENV, WORLD_VALUE};
 use super::orders::OrdersMap;
 use super::rc::death;
+use super::relay::Relay;
 
 /// What everybody who deals with one world process shares.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(crate) struct Process {
     pub(crate) signals: Signals,
     /// A confined world's.
     pub(crate) orders: Option<OrdersMap>,
+    /// The relay it has a seat in, and which.
+    pub(crate) seat: Option<(Weak<Relay>, u32)>,
     dead: AtomicBool,
     obituary: Mutex<Option<String>>,
 }
@@ -143,6 +146,10 @@ impl Process {
         let word = self.arena.word(Word::TURN);
         word.store(turn::DEAD, Ordering::SeqCst);
         futex_wake(word);
+        if let Some(relay) = self.seat.as_ref().and_then(|(relay, _)| relay.upgrade()) {
+            // Perhaps the guest was handed to it; whoever waits looks who has it.
+            futex_wake(relay.turn());
+        }
         true
     }
 
@@ -208,14 +215,15 @@ pub(crate) struct Objects {
     pub(crate) watched: RawFd,
     /// All cells, for a world that may enter confined ones.
     pub(crate) cells: Option<RawFd>,
-    /// The number of a confined world's own.
-    pub(crate) cell: Option<usize>,
+    /// Where in its memory object its arena is, in bytes.
+    pub(crate) arena_at: u64,
 }
 
 /// What the keeper is asked to do.
 struct Birth {
     arena: ArenaMap,
     orders: Option<OrdersMap>,
+    seat: Option<(Weak<Relay>, u32)>,
     objects: Objects,
     answer: Sender<io::Result<Arc<Process>>>,
 }
@@ -250,6 +258,7 @@ impl Keeper {
         &self,
         arena: ArenaMap,
         orders: Option<OrdersMap>,
+        seat: Option<(Weak<Relay>, u32)>,
         objects: Objects,
     ) -> io::Result<Arc<Process>> {
         let gone = || io::Error::other("the world keeper is gone");
@@ -257,7 +266,7 @@ impl Keeper {
         self.births
             .as_ref()
             .ok_or_else(gone)?
-            .send(Birth { arena, orders, objects, answer })
+            .send(Birth { arena, orders, seat, objects, answer })
             .map_err(|_| gone())?;
         ring(&self.bell);
         result.recv().map_err(|_| gone())?
@@ -297,11 +306,12 @@ fn keep(inbox: &Receiver<Birth>, bell: &OwnedFd) {
         loop {
             match inbox.try_recv() {
                 Ok(birth) => {
-                    let made = make(birth.arena, birth.orders, birth.objects);
+                    let answer = birth.answer.clone();
+                    let made = make(birth);
                     if let Ok(process) = &made {
                         alive.push(Arc::clone(process));
                     }
-                    let _asker_left = birth.answer.send(made);
+                    let _asker_left = answer.send(made);
                 }
                 Err(std::sync::mpsc::TryRecvError::Empty) => break,
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => {
@@ -318,7 +328,8 @@ fn keep(inbox: &Receiver<Birth>, bell: &OwnedFd) {
 }
 
 /// Executes this very program as a world.
-fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Result<Arc<Process>> {
+fn make(birth: Birth) -> io::Result<Arc<Process>> {
+    let Birth { arena, orders, seat, objects, .. } = birth;
     // Reading it keeps the constructor in the program whatever the linker thinks of it.
     // SAFETY: reads an initialised static.
     let _kept = unsafe { (&raw const CONSTRUCTOR).read_volatile() };
@@ -329,7 +340,7 @@ fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Res
         (objects.watched, WATCHED_FD),
     ];
     descriptors.extend(objects.cells.map(|fd| (fd, CELLS_FD)));
-    let pid = posix_spawn(&descriptors, objects.cell)?;
+    let pid = posix_spawn(&descriptors, objects.arena_at)?;
     // SAFETY: touches no memory. The child is not reaped yet, so the number is still its own.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if raw < 0 {
@@ -350,18 +361,19 @@ fn make(arena: ArenaMap, orders: Option<OrdersMap>, objects: Objects) -> io::Res
         kicked: AtomicBool::new(false),
         signals: Signals::default(),
         orders,
+        seat,
         dead: AtomicBool::new(false),
         obituary: Mutex::new(None),
     }))
 }
 
-fn posix_spawn(fds: &[(RawFd, RawFd)], cell: Option<usize>) -> io::Result<libc::pid_t> {
+fn posix_spawn(fds: &[(RawFd, RawFd)], arena_at: u64) -> io::Result<libc::pid_t> {
     fn ok(r: i32) -> io::Result<()> {
         if r == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(r)) }
     }
-    let cell = cell.map(|number| number.to_string()).unwrap_or_default();
+    let arena_at = arena_at.to_string();
     let marker =
-        CString::new([WORLD_ENV.to_bytes(), b"=", WORLD_VALUE.to_bytes(), cell.as_bytes()].concat())?;
+        CString::new([WORLD_ENV.to_bytes(), b"=", WORLD_VALUE.to_bytes(), arena_at.as_bytes()].concat())?;
     // glibc's restartable sequences would cost the kernel work at every preemption of a world.
     let tunables: &CStr = c"GLIBC_TUNABLES=glibc.pthread.rseq=0";
     let argv = [c"subring-world".as_ptr().cast_mut(), std::ptr::null_mut()];

@@ -807,6 +807,7 @@ impl Em {
             self.account
                 .set_inline("access to a page mapped for a moment, in the world", raw.accessed_in_worlds());
             self.account.set_inline("in and out, in the world", raw.ports_in_worlds());
+            self.account.set_inline("CR3 load, from world to world", raw.handed_over());
             self.account.set_inline("timer tick, in the world", raw.ticks_in_worlds());
             for patch in raw.kernel_code.patm.patches() {
                 let (Some(why), Some(site)) = (patch.why, patch.sites.first()) else { continue };

@@ -5,7 +5,7 @@
 
 use super::walk::{Leaf, PhysMemory, Upper};
 use crate::cpum::CpuState;
-use csam::GuestLin;
+use csam::{GuestLin, GuestPhys};
 use std::collections::HashMap;
 
 /// One mapped page, packed: frame number in bits 31..12, rights used below.
@@ -138,6 +138,8 @@ pub struct Shadow {
     live: Vec<u16>,
     count: usize,
     small: usize,
+    /// How often anything was entered or dropped (wraps).
+    changes: u32,
     /// Frame number to the linear pages that (may) map it writable; checked against `regions` when used.
     writable: HashMap<u32, LinPages>,
 }
@@ -156,6 +158,7 @@ impl Default for Shadow {
             live: Vec::new(),
             count: 0,
             small: 0,
+            changes: 0,
             writable: HashMap::new(),
         }
     }
@@ -174,6 +177,7 @@ impl Shadow {
     /// Records that the page of `lin` is mapped as `entry`.
     pub fn set(&mut self, lin: GuestLin, entry: Entry) {
         self.clear(lin);
+        self.changes = self.changes.wrapping_add(1);
         let index = (lin.0 >> 21) as usize;
         let live = &mut self.live;
         let region = self.regions[index].get_or_insert_with(|| {
@@ -240,6 +244,7 @@ impl Shadow {
         if !old.mapped() {
             return false;
         }
+        self.changes = self.changes.wrapping_add(1);
         region.mark(lin.0 >> 12 & 511, false, false);
         region.count -= 1;
         region.large -= u16::from(old.large());
@@ -270,7 +275,44 @@ impl Shadow {
 
     /// Forgets everything.
     pub fn clear_all(&mut self) {
-        *self = Shadow::default();
+        *self = Shadow { changes: self.changes.wrapping_add(1), ..Shadow::default() };
+    }
+
+    /// A number that is another one after anything was entered or dropped.
+    #[must_use]
+    pub fn changes(&self) -> u32 {
+        self.changes
+    }
+
+    /// Where the guest has the table entries of all that a CR3 load concerns, as address and length in bytes. None: some of
+    /// it has none.
+    pub fn local_tables<M: PhysMemory + ?Sized>(
+        &self,
+        mem: &M,
+        cpu: &CpuState,
+    ) -> Option<Vec<(GuestPhys, u32)>> {
+        let mut tables = Vec::new();
+        for &index in &self.live {
+            let Some(region) = self.regions[index as usize].as_ref() else { continue };
+            let mut local = numbers(region.local);
+            let Some(first) = local.next() else { continue };
+            let (last, base) = (local.last().unwrap_or(first), GuestLin(u32::from(index) << 21));
+            let entries = Upper::read(mem, cpu, base).entries(cpu, base, first, last)?;
+            tables.extend(entries.into_iter().filter(|(_, len)| *len != 0));
+        }
+        Some(tables)
+    }
+
+    /// A page below this guest linear address is global.
+    #[must_use]
+    pub fn has_global_below(&self, end: u32) -> bool {
+        self.live.iter().any(|&index| {
+            let base = u32::from(index) << 21;
+            base < end
+                && self.regions[index as usize]
+                    .as_ref()
+                    .is_some_and(|r| r.mapped.iter().zip(r.local).any(|(mapped, local)| mapped & !local != 0))
+        })
     }
 
     /// Number of mapped pages.
@@ -336,6 +378,7 @@ impl Shadow {
                     }
                     Some(_) => {}
                     None => {
+                        self.changes = self.changes.wrapping_add(1);
                         region.entries[i as usize] = Entry::default();
                         region.mark(i, false, false);
                         region.count -= 1;

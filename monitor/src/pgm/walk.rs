@@ -225,6 +225,30 @@ impl Upper {
         }
     }
 
+    /// Where the entries lie that map pages `first` to `last` (of 512) of the 2 MiB at `base`: the upper level's and the run of
+    /// the leaves, as address and length in bytes. None: nothing is present there, or paging is off.
+    pub fn entries(
+        &self,
+        cpu: &CpuState,
+        base: GuestLin,
+        first: u32,
+        last: u32,
+    ) -> Option<[(GuestPhys, u32); 2]> {
+        let size = if cpu.cr4 & cr4::PAE != 0 { 8 } else { 4 };
+        match self.0.as_ref().ok()? {
+            Level::Identity => None,
+            Level::Large(pde) => Some([(pde.at, size), (pde.at, 0)]),
+            Level::Table(pde) => {
+                let (table, index) = match size {
+                    8 => (frame_pae(pde), first),
+                    _ => (u64::from(pde.low & !0xfff), (base.0 >> 12 & 0x200) + first),
+                };
+                let at = GuestPhys(table + u64::from(index * size));
+                Some([(pde.at, size), (at, (last + 1 - first) * size)])
+            }
+        }
+    }
+
     /// [`peek`] for a page of the 2 MiB this was read for.
     pub fn peek<M: PhysMemory + ?Sized>(&self, mem: &M, cpu: &CpuState, lin: GuestLin) -> Option<Leaf> {
         self.path(mem, cpu, lin).ok().map(|p| p.leaf)

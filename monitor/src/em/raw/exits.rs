@@ -276,7 +276,7 @@ impl RawEngine {
                 record(Cause::Kick, Route::Signal);
                 Ok(After::Kicked)
             }
-            WorldExit::Users => Err(users::impossible()),
+            WorldExit::Users | WorldExit::Handed { .. } => Err(users::impossible()),
             WorldExit::Syscall => {
                 // `int 80h` of ring 0 that the host took for its own: EIP is behind the two bytes.
                 record(Cause::Syscall, Route::Signal);
@@ -462,7 +462,7 @@ impl RawEngine {
                 };
                 Ok(After::Interpret)
             }
-            WorldExit::Users => Err(users::impossible()),
+            WorldExit::Users | WorldExit::Handed { .. } => Err(users::impossible()),
             WorldExit::Kick => {
                 record(Cause::Kick);
                 Ok(After::Kicked)

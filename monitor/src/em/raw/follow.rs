@@ -57,6 +57,7 @@ impl RawEngine {
                     } else {
                         for space in self.spaces() {
                             space.pending_sync = Some(Scope::All);
+                            space.world.disarm();
                         }
                     }
                 }

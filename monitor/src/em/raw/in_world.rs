@@ -263,7 +263,7 @@ impl RawEngine {
     }
 
     /// Where a world goes on behind the instruction at EIP.
-    fn resume_behind(&self, cpu: &CpuState, i: &Instruction) -> u32 {
+    pub(super) fn resume_behind(&self, cpu: &CpuState, i: &Instruction) -> u32 {
         self.kernel_code.patm.resume_eip(cpu.eip.wrapping_add(i.len() as u32))
     }
 

@@ -151,6 +151,7 @@ impl RawEngine {
                     all.for_each(|at| space.world.vcpu_write(at, 0));
                 }
                 space.role = role;
+                space.world.disarm();
                 space.published = None;
                 // The guest kernel's half is the same under every CR3 as a rule: only what is not goes.
                 space.pending_sync = Some(Scope::All);

@@ -15,6 +15,7 @@ mod in_world;
 mod joint;
 pub mod kernel_code;
 pub mod layout;
+mod relay;
 mod room;
 mod segments;
 pub mod space;
@@ -41,7 +42,7 @@ use host_driver_shim::world::{
     Backing, HwRegs, Kicker, QUICK_SITES, Quick, QuickKind, SegmentRules, UsersRules, World, WorldError,
     WorldExit, WorldLin,
 };
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, Register};
 use joint::Boundary;
 pub use joint::Isolation;
 use joint::{FEW_JOINT_SPACES, MAX_JOINT_SPACES};
@@ -397,6 +398,11 @@ pub struct RawEngine {
     users_rules: UsersRules,
     /// Which it may enter.
     may_enter: Option<usize>,
+    /// What joint worlds were told last, and the number that stands for it.
+    common: Option<relay::Common>,
+    epoch: u32,
+    /// The joint worlds that ran in the last run, if it went through more than one.
+    ran: Vec<usize>,
 }
 
 /// The vCPU page of a world as PATM's fixes see it.
@@ -485,6 +491,9 @@ impl RawEngine {
             refill: None,
             users_rules: UsersRules::default(),
             may_enter: None,
+            common: None,
+            epoch: 0,
+            ran: Vec::new(),
         };
         engine.furnish(0)?;
         Ok(engine)
@@ -659,7 +668,8 @@ impl RawEngine {
             // This one cannot watch the time: the monitor does.
             return Ok(After::Kicked);
         }
-        self.catch_up(place, cpu, m)?;
+        let calm = self.catch_up(place, cpu, m)?;
+        self.ran.clear();
         if matches!(place, Place::User(_)) {
             self.refill(cpu, m, place)?;
         }
@@ -715,13 +725,28 @@ impl RawEngine {
         space.allow_fills(cpu, &layout, (user_cs, descriptors.rules().keys), self.boundary);
         space.allow_ports(m);
         space.allow_guard(m);
+        if let Place::Kernel(number) = place {
+            self.arm(number, cpu, m, calm);
+        }
         let entered = host_tsc();
-        let exit = space.run(&mut regs);
+        let mut exit = self.space(place).run(&mut regs);
         let left = host_tsc();
-        space.take_posted(m, entered);
+        let mut place = place;
+        if let Place::Kernel(from) = place {
+            let to = match exit {
+                Ok(WorldExit::Handed { seat }) => Some(seat),
+                _ => None,
+            };
+            let to = self.follow_hand_overs(from, to, cpu, m, entered)?;
+            if to != from {
+                place = Place::Kernel(to);
+                exit = self.kernels[to].world.take_exit(&mut regs);
+            }
+        }
+        self.space(place).take_posted(m, entered);
         self.ticks += m.ticks.len() as u64;
         m.ran_natively();
-        let flushed = space.take_fills(&layout, m.frames())?;
+        let flushed = self.space(place).take_fills(&layout, m.frames())?;
         self.last_run = (entered, left);
         if let Place::Kernel(number) = place {
             self.follow_users(number, m.frames())?;
@@ -746,6 +771,7 @@ impl RawEngine {
         };
         if exit == WorldExit::Kick {
             self.kick.answered();
+            self.forget_kicks();
             if let Some(i) = self.may_enter {
                 self.users[i].world.forget_kick();
             }
@@ -834,16 +860,19 @@ impl RawEngine {
         Ok(self.world_is_broken(cpu, why))
     }
 
-    /// Follows the flush that a space has missed.
-    fn catch_up(&mut self, place: Place, cpu: &CpuState, m: &mut Machine) -> Result<(), RawError> {
+    /// Follows the flush that a space has missed. True: all it shows is right now, and nothing was entered or dropped since
+    /// the last time.
+    fn catch_up(&mut self, place: Place, cpu: &CpuState, m: &mut Machine) -> Result<bool, RawError> {
         let layout = self.layout;
         let space = self.space(place);
-        let Some(scope) = space.pending_sync.take() else { return Ok(()) };
+        let Some(scope) = space.pending_sync.take() else { return Ok(false) };
         let gone = space.sync(m, cpu, scope, &layout)?;
-        match place {
-            Place::Kernel(_) => self.forget_code_of_other_frames(m, cpu, &gone),
-            Place::User(_) => Ok(()),
+        let changes = space.data.changes().wrapping_add(space.code.changes());
+        let calm = std::mem::replace(&mut space.changes, changes) == changes;
+        if let Place::Kernel(_) = place {
+            self.forget_code_of_other_frames(m, cpu, &gone)?;
         }
+        Ok(calm)
     }
 
     fn load_vcpu_page(
@@ -936,6 +965,7 @@ impl Engine for RawEngine {
             self.learn_port(cpu, m, reason, instruction);
             self.learn_halt(cpu, m, reason, instruction);
             self.learn_iret(reason, instruction);
+            self.learn_cr3(cpu, m, reason, instruction);
         }
     }
     fn has_interpreted(&mut self, cpu: &CpuState, m: &mut Machine, instruction: &Instruction) {

@@ -98,6 +98,13 @@ pub struct Published {
     tick: u8,
 }
 
+impl Published {
+    /// The same, as if nothing kept ring 3 out of the world it is for.
+    pub(super) fn but_for_taints(self) -> Published {
+        Published { tainted: false, ..self }
+    }
+}
+
 /// The eight bytes of a descriptor table entry that trampolines compare.
 struct Expected {
     at: u32,
@@ -501,13 +508,13 @@ impl RawEngine {
         if selector & !3 == 0 && host & !3 == 0 {
             return Some(Segment { selector, ..Segment::default() });
         }
-        let entries = &self.kernels[number].cache.entries;
-        let cached = entries.get(usize::from(selector >> 3)).and_then(Option::as_ref);
-        match cached {
-            Some(c) if selector & 4 == 0 && (c.host == host || c.host_ring3 == host) => {
-                Some(Segment { selector, ..c.segment })
-            }
-            _ => None,
-        }
+        // Perhaps it was loaded in a world that has handed over since.
+        let mut caches =
+            std::iter::once(number).chain(self.ran.iter().copied()).map(|i| &self.kernels[i].cache.entries);
+        caches.find_map(|entries| {
+            let c = entries.get(usize::from(selector >> 3)).and_then(Option::as_ref)?;
+            let loaded = selector & 4 == 0 && (c.host == host || c.host_ring3 == host);
+            loaded.then_some(Segment { selector, ..c.segment })
+        })
     }
 }

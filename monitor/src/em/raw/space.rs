@@ -309,6 +309,8 @@ pub struct Space {
     pub guards: bool,
     /// The version of the table of quick sites it has.
     pub quick_version: u64,
+    /// Its views' [`Shadow::changes`] when they were last all right.
+    pub(super) changes: u32,
     /// Which of [`Descriptors`] its LDT has, a bit each, and of which generation.
     installed: Vec<u64>,
     installed_generation: u32,
@@ -337,6 +339,7 @@ impl Space {
             ports: Default::default(),
             guards: false,
             quick_version: 0,
+            changes: 0,
             installed: Vec::new(),
             installed_generation: 0,
             fill_rules: None,
@@ -351,13 +354,19 @@ impl Space {
         !matches!(self.role, Role::User { .. })
     }
 
-    /// Sees to it that the world's LDT has the descriptor of `selector`.
-    pub fn install(&mut self, descriptors: &Descriptors, selector: u16) -> Result<(), WorldError> {
-        let Some((index, content)) = descriptors.content(selector) else { return Ok(()) };
+    /// What is installed counts for the descriptors' numbering as it is now.
+    pub(super) fn match_numbering(&mut self, descriptors: &Descriptors) {
         if self.installed_generation != descriptors.generation {
             self.installed.clear();
             self.installed_generation = descriptors.generation;
+            self.world.forget_segments();
         }
+    }
+
+    /// Sees to it that the world's LDT has the descriptor of `selector`.
+    pub fn install(&mut self, descriptors: &Descriptors, selector: u16) -> Result<(), WorldError> {
+        let Some((index, content)) = descriptors.content(selector) else { return Ok(()) };
+        self.match_numbering(descriptors);
         let (word, bit) = (index / 64, 1u64 << (index % 64));
         if self.installed.len() <= word {
             self.installed.resize(word + 1, 0);
