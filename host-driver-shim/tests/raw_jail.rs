@@ -89,15 +89,16 @@ fn a_world_that_ends_itself_is_noticed_promptly() {
 
 #[test]
 fn lies_in_the_arena_end_the_world_and_not_the_monitor() {
-    // rax = the arena; [rax] = turn. Claim that it is nobody's turn, wake the monitor by dying of a kick or spinning.
-    for turn in [0u32, 2, 3, 0xffff_ffff] {
+    // rax = what all worlds of the guest share; [rax] = turn, [rax + 4] = who has it. Claim that it is nobody's turn, or that of a
+    // world that is none; wake the monitor by dying of a kick or spinning.
+    for (at, lie) in [(0u8, 0u32), (0, 2), (0, 3), (0, 0xffff_ffff), (4, 1), (4, 639), (4, 0xffff_ffff)] {
         let mut code = vec![0x48, 0xb8];
-        code.extend(0x1000_0000_0000u64.to_le_bytes());
-        code.extend([0xc7, 0x00]);
-        code.extend(turn.to_le_bytes()); // mov dword [rax], turn
+        code.extend(0x1001_0000_0000u64.to_le_bytes());
+        code.extend([0xc7, 0x40, at]);
+        code.extend(lie.to_le_bytes()); // mov dword [rax + at], lie
         code.extend([0xeb, 0xfe]); // jmp $
         let why = death_of(&escape(&code));
-        assert!(why.contains("protocol"), "{turn}: {why}");
+        assert!(why.contains("protocol"), "{at} {lie}: {why}");
     }
 }
 
@@ -128,7 +129,7 @@ fn a_world_holds_its_memory_a_userfaultfd_at_most_and_no_secret() {
     links.retain(|l| l != "anon_inode:[userfaultfd]");
     assert_eq!(links, ["/memfd:subring-arena", "/memfd:subring-code", "/memfd:subring-ram"]);
     let environ = std::fs::read_to_string(proc.join("environ")).unwrap();
-    assert!(environ.contains("SUBRING_WORLD=1") && !environ.contains("PATH="), "{environ}");
+    assert!(environ.contains("SUBRING_WORLD=") && !environ.contains("PATH="), "{environ}");
     let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
     for line in maps.lines() {
         let start = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();

@@ -721,7 +721,10 @@ impl World for RawWorld {
         }
         self.commands.clear();
         if let Some(seat) = self.handed_to() {
-            return Ok(WorldExit::Handed { seat });
+            return match self.engine.relay.process(seat) {
+                Some(_) => Ok(WorldExit::Handed { seat }),
+                None => Err(self.misbehaved()),
+            };
         }
         self.exit(kind, regs)
     }
@@ -1023,7 +1026,7 @@ impl World for RawWorld {
     }
 
     fn take_runners(&mut self) -> Vec<u32> {
-        self.engine.relay.take_listed()
+        if self.seat.is_some() { self.engine.relay.take_listed() } else { Vec::new() }
     }
 
     fn forget_segments(&mut self) {
@@ -1058,10 +1061,5 @@ impl Kicker for RawKicker {
         self.0.arena.word(Word::KICK).store(1, Ordering::SeqCst);
         // A world that gets the turn later looks at the flag on its way in.
         self.0.signal_if_open(signal::KICK_SIGNAL);
-        if let Some((relay, own)) = &self.0.seat
-            && let Some(relay) = relay.upgrade()
-        {
-            relay.kick_holder(*own, signal::KICK_SIGNAL);
-        }
     }
 }

@@ -28,7 +28,7 @@ pub(crate) const SEATS: usize = 640;
 /// Worlds that can be handed to in one run.
 const LISTED: usize = 64;
 /// Entries of the table by which a world is found.
-pub(crate) const PLACES: usize = 64;
+pub(crate) const PLACES: usize = 256;
 /// Pieces of the guest's tables that can be watched for one world, and 32-bit words in them.
 const SPANS: usize = 64;
 const WORDS: usize = 2048;

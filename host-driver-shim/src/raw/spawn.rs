@@ -74,7 +74,7 @@ impl Process {
         sent.load(Ordering::SeqCst) != 0 && sent.swap(0, Ordering::SeqCst) != 0
     }
 
-    /// Sends one if they are.
+    /// Sends one if they are, and to whoever the guest has been handed to.
     pub(crate) fn signal_if_open(&self, signal: i32) {
         // The world of ring 0 that has entered a confined one looks at the second.
         let count = [Some(&self.signals.sending), self.orders.as_ref().map(OrdersMap::sending)];
@@ -84,6 +84,11 @@ impl Process {
         if self.signals_state().load(Ordering::SeqCst) == SIGNALS_OPEN {
             self.signals_sent().store(1, Ordering::SeqCst);
             self.signal(signal);
+            if let Some((relay, own)) = &self.seat
+                && let Some(relay) = relay.upgrade()
+            {
+                relay.kick_holder(*own, signal);
+            }
         }
         for word in count.into_iter().flatten() {
             word.fetch_sub(1, Ordering::SeqCst);
