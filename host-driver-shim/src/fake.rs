@@ -1,11 +1,11 @@
 //! A scripted world for tests of what drives worlds: no process, no guest code.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::world::{
-    Backing, Fill, HostSegment, HwRegs, Kicker, Prot, World, WorldError, WorldExit, WorldLin,
+    Backing, Fill, HostSegment, HwRegs, Kicker, Prot, TableSpan, World, WorldError, WorldExit, WorldLin,
 };
 
 const PAGE: u32 = 4096;
@@ -28,6 +28,9 @@ pub struct FakeState {
     pub runs: Vec<HwRegs>,
 }
 
+/// What a fake world with a seat is armed for: epoch, CR3 and tables. None: it is not.
+pub type Armed = Arc<Mutex<Option<(u32, u32, Vec<TableSpan>)>>>;
+
 type Step = Box<dyn FnMut(&mut HwRegs, &mut FakeState) -> Result<WorldExit, WorldError> + Send>;
 
 /// A world that does at each run what the next step of its script says. When the script is over, `run` answers
@@ -37,6 +40,8 @@ pub struct FakeWorld {
     script: VecDeque<Step>,
     kicked: Arc<FakeKicker>,
     fills: Vec<Fill>,
+    seat: Option<u32>,
+    armed: Armed,
 }
 
 #[derive(Debug, Default)]
@@ -66,7 +71,14 @@ impl FakeWorld {
             gate: None,
             runs: Vec::new(),
         };
-        FakeWorld { state, script: VecDeque::new(), kicked: Arc::default(), fills: Vec::new() }
+        FakeWorld {
+            state,
+            script: VecDeque::new(),
+            kicked: Arc::default(),
+            fills: Vec::new(),
+            seat: None,
+            armed: Armed::default(),
+        }
     }
 
     /// Appends a step.
@@ -86,6 +98,12 @@ impl FakeWorld {
     /// Lets it say that it has mapped these runs by itself, each for one fault.
     pub fn will_have_filled(&mut self, fills: &[Fill]) {
         self.fills.extend_from_slice(fills);
+    }
+
+    /// Gives it a seat, and yields what it is armed for.
+    pub fn take_seat(&mut self, seat: u32) -> Armed {
+        self.seat = Some(seat);
+        Arc::clone(&self.armed)
     }
 
     /// What the world has been told so far.
@@ -124,6 +142,27 @@ impl World for FakeWorld {
             return Err(WorldError::Died(String::from("the script is over")));
         };
         step(regs, &mut self.state)
+    }
+
+    fn take_exit(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
+        self.run(regs)
+    }
+
+    fn seat(&self) -> Option<u32> {
+        self.seat
+    }
+
+    fn arm(&mut self, epoch: u32, cr3: u32, tables: &[TableSpan]) -> bool {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = Some((epoch, cr3, tables.to_vec()));
+        self.seat.is_some()
+    }
+
+    fn is_armed(&self, epoch: u32) -> bool {
+        self.armed.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|a| a.0 == epoch)
+    }
+
+    fn disarm(&mut self) {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn map(&mut self, at: WorldLin, len: u32, backing: Backing, prot: Prot) -> Result<(), WorldError> {

@@ -195,6 +195,29 @@ fn after_invlpg_a_page_shows_what_the_tables_have_then() {
 }
 
 #[test]
+fn invlpg_takes_pages_behind_along_that_the_tables_have_not_any_more_and_no_others() {
+    let mut g = guest();
+    for page in 1..8 {
+        // Frames nobody has touched are not let in, but mapped.
+        g.ram.write_u32(u64::from(0x200 + page) << 12, 0).unwrap();
+        assert_eq!(refill(&mut g, page, 0x200 + page, 1), Ok(1));
+    }
+    // Page 5 is there still, and so is what is behind it.
+    for page in [2, 3, 4, 6] {
+        set_pte(&g, page, 0);
+    }
+    assert_eq!(go(&mut g, INVLPG, 2, 2), missed(2));
+    // From nothing to something needs no flush.
+    for (page, frame) in [(3, 0x303), (4, 0x304), (6, 0x306)] {
+        set_pte(&g, page, frame << 12 | USABLE);
+    }
+    for (page, frame) in [(3, 0x303), (4, 0x304), (5, 0x205), (6, 0x206)] {
+        assert_eq!(go(&mut g, BEHIND, page, 7), Ok(7), "page {page}");
+        assert_eq!(word(&g, frame), Some(7), "page {page}");
+    }
+}
+
+#[test]
 fn what_the_monitor_maps_or_unmaps_in_between_counts() {
     let mut g = guest();
     assert_eq!(refill(&mut g, 1, 0x201, 1), Ok(1));

@@ -12,7 +12,8 @@ use super::fill::{NO_FAULT, is_set, note, put};
 use super::rc::unmap;
 use super::rc_deliver::{REFILL, REFILL_WRITE, SELECTORS};
 use super::rc_doze;
-use super::rc_fill::{self, PF_WRITE};
+use super::rc_fill::{self, PF_WRITE, Ram};
+use super::rc_walk::is_absent;
 use super::{rc_access, rc_port};
 use super::{rc_switch, rc_users, rc_window};
 use crate::world::{Quick, QuickKind};
@@ -47,8 +48,8 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> Next {
         return Next::Monitor;
     }
     // SAFETY: by contract; the monitor writes the table only when it has the turn.
-    let table = unsafe { (&raw const (*a).quick).read_volatile() };
-    let Some(quick) = table.iter().find(|q| q.reason == reason) else { return Next::Monitor };
+    let Some(quick) = (unsafe { entry(a, reason) }) else { return Next::Monitor };
+    let quick = &quick;
     let done = match quick.kind {
         // SAFETY: by contract.
         QuickKind::LoadCr3 if unsafe { rc_switch::load_cr3(a, quick) } => return Next::Other,
@@ -65,6 +66,19 @@ pub(crate) unsafe fn answer(a: *mut Arena) -> Next {
         QuickKind::ToUsers => unsafe { rc_users::enter(a) },
     };
     if done { Next::Guest } else { Next::Monitor }
+}
+
+/// The table's entry for a reason.
+///
+/// # Safety
+/// As [`answer`].
+unsafe fn entry(a: *mut Arena, reason: u32) -> Option<Quick> {
+    // SAFETY: by contract: the index is below the table's length. Most entries are not looked at but for the reason.
+    unsafe {
+        let table = (&raw const (*a).quick).cast::<Quick>();
+        let found = (0..QUICK).find(|i| (&raw const (*table.add(*i)).reason).read_volatile() == reason);
+        found.map(|i| table.add(i).read_volatile())
+    }
 }
 
 /// Goes on behind the instruction.
@@ -138,8 +152,15 @@ unsafe fn flush(a: *mut Arena, quick: &Quick) -> bool {
         return false;
     }
     if is_set(&area.present, page) {
-        put(&area.present, page, 1, false);
-        if !rc_window::windows().take_out(page) && unmap(page << 12, 4096) < 0 {
+        // SAFETY: by contract; the monitor writes the rules only when it has the turn.
+        let rules = unsafe { (&raw const (*a).fill.rules).read_volatile() };
+        let ram = Ram { pages: area.ram_pages.load(Relaxed) };
+        // What the tables do not show any more may go at any time: nothing is noted for it, its own flush will be.
+        let stale =
+            |p: u32| is_set(&area.present, p) && is_absent(&ram, &rules, (p << 12).wrapping_sub(delta));
+        let taken = rc_window::windows().take_out(page, stale);
+        put(&area.present, page, taken.max(1), false);
+        if taken == 0 && unmap(page << 12, 4096) < 0 {
             return false;
         }
     }

@@ -124,13 +124,19 @@ impl Windows {
         };
     }
 
-    /// Takes the page out, if a window has it: accesses miss then. False: it is an ordinary mapping's.
-    pub(crate) fn take_out(&self, page: u32) -> bool {
-        self.frame(page) != 0 && {
-            let at = u64::from(page) << 12;
-            // SAFETY: changes guest mappings below 4 GiB only.
-            unsafe { rc::syscall(libc::SYS_madvise, at, 4096, libc::MADV_DONTNEED as u64, 0, 0, 0) == 0 }
+    /// Takes a page out, if a window has it: accesses miss then. So do those of the pages behind it, as far as windows have them
+    /// and `stale` says that they are in, and gone: their flushes will come, and one call of the host for all of them costs what
+    /// one for each does. How many; 0: the page is an ordinary mapping's.
+    pub(crate) fn take_out(&self, page: u32, stale: impl Fn(u32) -> bool) -> u32 {
+        if self.frame(page) == 0 {
+            return 0;
         }
+        let goes = |i: &u32| self.frame(page.wrapping_add(*i)) != 0 && stale(page.wrapping_add(*i));
+        let pages = 1 + (1..WINDOW).take_while(goes).count() as u32;
+        let (at, len) = (u64::from(page) << 12, u64::from(pages) << 12);
+        // SAFETY: changes guest mappings below 4 GiB only.
+        let r = unsafe { rc::syscall(libc::SYS_madvise, at, len, libc::MADV_DONTNEED as u64, 0, 0, 0) };
+        if r == 0 { pages } else { 0 }
     }
 
     /// Ring 3 is expected to write to this page next, or a window waits for that.

@@ -451,6 +451,37 @@ mod tests {
         assert_eq!(s.len(), 1);
     }
 
+    #[test]
+    fn the_tables_of_what_a_cr3_load_concerns_are_the_upper_entry_and_the_run_of_leaves() {
+        let m = crate::machine::tests::machine(1);
+        let cpu = crate::machine::tests::paged(&m, 0x1000, 0);
+        let mut s = Shadow::default();
+        assert_eq!(s.local_tables(&m, &cpu), Some(vec![]));
+        for (page, global) in [(3, false), (9, false), (1, true), (20, true), (0x201, false)] {
+            s.set(GuestLin(page << 12), Entry::new(&leaf(0x5000, true, true, global), true));
+        }
+        let at = |at| GuestPhys(at);
+        let tables = vec![(at(0x1000), 4), (at(0x200c), 28), (at(0x1000), 4), (at(0x2804), 4)];
+        assert_eq!(s.local_tables(&m, &cpu), Some(tables));
+        assert!(s.has_global_below(0x1000) && !s.has_global_below(0));
+        // What is no longer there has no tables to compare.
+        s.set(GuestLin(0x40_0000), Entry::new(&leaf(0x5000, true, true, false), true));
+        assert_eq!(s.local_tables(&m, &cpu), None);
+    }
+
+    #[test]
+    fn whatever_is_entered_or_dropped_is_a_change() {
+        let mut s = Shadow::default();
+        let mut last = s.changes();
+        let mut changed = |s: &Shadow| std::mem::replace(&mut last, s.changes()) != s.changes();
+        s.set(GuestLin(0x1000), Entry::new(&leaf(0x5000, true, true, false), true));
+        assert!(changed(&s));
+        assert!(!s.clear(GuestLin(0x2000)) && !changed(&s));
+        assert!(s.clear(GuestLin(0x1000)) && changed(&s));
+        s.clear_all();
+        assert!(changed(&s));
+    }
+
     fn large(frame: u64, dirty: bool) -> Entry {
         let mut l = leaf(frame, true, dirty, false);
         l.shift = 21;

@@ -147,3 +147,109 @@ impl RawEngine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpum::cr0;
+    use crate::machine::tests::{machine, paged};
+    use host_driver_shim::fake::{Armed, FakeWorld};
+    use host_driver_shim::world::Fill;
+
+    const HERE: u32 = 0x1000;
+    const THERE: u32 = 0x4000;
+
+    struct Fakes(Mutex<Vec<FakeWorld>>);
+
+    impl Worlds for Fakes {
+        fn spawn(&self) -> Result<Box<dyn World>, WorldError> {
+            Ok(Box::new(self.0.lock().unwrap().remove(0)))
+        }
+        fn set_cpu(&self, _: usize) {}
+    }
+
+    /// An engine whose worlds are these, and what each is armed for.
+    fn engine(mut worlds: Vec<FakeWorld>) -> (RawEngine, Vec<Armed>) {
+        let armed = (5..).zip(&mut worlds).map(|(seat, world)| world.take_seat(seat)).collect();
+        let code = CodeMemory::new(1 << 20).unwrap();
+        let host = Box::new(Fakes(Mutex::new(worlds)));
+        (RawEngine::new(host, code, false, Isolation::Limits).unwrap(), armed)
+    }
+
+    /// Ring 0, everything flat, the first page at linear 0.
+    fn ring0(m: &Machine, cr3: u32) -> CpuState {
+        let mut cpu = paged(m, cr3, 0x8000);
+        cpu.cr0 |= cr0::PE;
+        (cpu.eip, cpu.eflags) = (0x2000, eflags::FIXED);
+        let attr = SegAttr::PRESENT | SegAttr::RW | SegAttr::BIG;
+        cpu.seg.fill(Segment { selector: 0x10, base: 0, limit: u32::MAX, attr });
+        cpu.seg[seg::CS].attr |= SegAttr::CODE;
+        cpu
+    }
+
+    fn load_cr3(cpu: &mut CpuState, m: &mut Machine, cr3: u32) {
+        cpu.cr3 = cr3;
+        m.paging_changed(cpu, PagingChange::Cr3);
+    }
+
+    #[test]
+    fn a_world_is_armed_when_its_cr3_is_loaded_and_all_it_shows_was_there_before() {
+        let mut world = FakeWorld::new();
+        let at = Layout::CANDIDATES[0].data(GuestLin(0));
+        let fill = Fill { at, pages: 1, pfn: 8, rights: 0 };
+        world.will_have_filled(&[fill]);
+        for _ in 0..5 {
+            world.then_exit(WorldExit::Kick);
+        }
+        let (mut engine, armed) = engine(vec![world]);
+        let mut m = machine(1);
+        let mut cpu = ring0(&m, HERE);
+        let mut go = |engine: &mut RawEngine, cpu: &mut CpuState| {
+            armed[0].lock().unwrap().take();
+            load_cr3(cpu, &mut m, HERE);
+            assert_eq!(engine.run(cpu, &mut m, false).unwrap(), After::Kicked);
+            armed[0].lock().unwrap().clone()
+        };
+        assert!(go(&mut engine, &mut cpu).is_some_and(|(_, cr3, tables)| cr3 == HERE && tables.is_empty()));
+        assert_eq!(go(&mut engine, &mut cpu), None, "a page was entered since");
+        let (epoch, _, tables) = go(&mut engine, &mut cpu).unwrap();
+        let spans: Vec<_> = tables.iter().map(|t| (t.at, t.len)).collect();
+        assert_eq!(spans, [(u64::from(HERE), 4), (u64::from(HERE) + 0x1000, 4)]);
+        // What all worlds are told has changed.
+        cpu.gdtr.base = 0x100;
+        assert!(go(&mut engine, &mut cpu).is_some_and(|(now, ..)| now != epoch));
+    }
+
+    #[test]
+    fn a_run_that_ends_in_another_world_is_one_of_its_address_space() {
+        let (mut first, mut second) = (FakeWorld::new(), FakeWorld::new());
+        first.then_exit(WorldExit::Kick).then_exit(WorldExit::Handed { seat: 6 });
+        second.then_exit(WorldExit::Kick).then(|regs, state| {
+            regs.eip = 0x3000;
+            state.fpu[0] = 0x55;
+            Ok(WorldExit::Kick)
+        });
+        let (mut engine, _) = engine(vec![first, second]);
+        let mut m = machine(1);
+        let mut cpu = ring0(&m, HERE);
+        paged(&m, THERE, 0x9000);
+        for cr3 in [HERE, THERE, HERE] {
+            load_cr3(&mut cpu, &mut m, cr3);
+            assert_eq!(engine.run(&mut cpu, &mut m, false).unwrap(), After::Kicked);
+        }
+        assert_eq!((cpu.cr3, cpu.eip, engine.fpu_in), (THERE, 0x3000, Some(Place::Kernel(1))));
+        engine.fetch_fpu(&mut cpu);
+        assert_eq!(cpu.fpu.0[0], 0x55);
+    }
+
+    #[test]
+    fn a_hand_over_to_a_world_that_is_none_ends_the_guest() {
+        let mut world = FakeWorld::new();
+        world.then_exit(WorldExit::Handed { seat: 99 });
+        let (mut engine, _) = engine(vec![world]);
+        let mut m = machine(1);
+        let mut cpu = ring0(&m, HERE);
+        load_cr3(&mut cpu, &mut m, HERE);
+        assert!(matches!(engine.run(&mut cpu, &mut m, false), Err(RawError::World(WorldError::Died(_)))));
+    }
+}
