@@ -104,7 +104,7 @@ pub const fn long_gate() -> u64 {
     ARENA_VA + offset_of!(Arena, gate_entry) as u64
 }
 
-/// What all worlds of one guest share.
+/// What all worlds of one guest share. One of them runs at a time.
 #[derive(Clone, Debug)]
 pub struct RawEngine(Arc<Engine>);
 

@@ -125,13 +125,17 @@ impl RawEngine {
             let flushed = space.take_fills(&layout, m.frames())?;
             self.follow_flushes(Place::Kernel(i), cpu, &flushed)?;
         }
+        // What the first one was told of ports and time went along.
         let (ports, guards, loaded) =
             (self.kernels[from].ports, self.kernels[from].guards, self.kernels[from].loaded);
+        for i in ran.iter().copied().chain([to]) {
+            (self.kernels[i].ports, self.kernels[i].guards) = (ports, guards);
+        }
         let space = &mut self.kernels[to];
         let (Role::Joint { cr3 }, Some(rules)) = (space.role, space.fill_rules) else {
             return Err(impossible());
         };
-        (space.ports, space.guards, space.loaded) = (ports, guards, loaded);
+        space.loaded = loaded;
         space.last_used = self.clock;
         (cpu.cr3, cpu.pdpte) = (cr3, rules.pdpte);
         self.fpu_in = Some(Place::Kernel(to));
