@@ -42,6 +42,7 @@ pub struct FakeWorld {
     fills: Vec<Fill>,
     seat: Option<u32>,
     armed: Armed,
+    gone: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -78,6 +79,7 @@ impl FakeWorld {
             fills: Vec::new(),
             seat: None,
             armed: Armed::default(),
+            gone: Arc::default(),
         }
     }
 
@@ -104,6 +106,12 @@ impl FakeWorld {
     pub fn take_seat(&mut self, seat: u32) -> Armed {
         self.seat = Some(seat);
         Arc::clone(&self.armed)
+    }
+
+    /// With which it can be said to have ended.
+    #[must_use]
+    pub fn end(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.gone)
     }
 
     /// What the world has been told so far.
@@ -146,6 +154,10 @@ impl World for FakeWorld {
 
     fn take_exit(&mut self, regs: &mut HwRegs) -> Result<WorldExit, WorldError> {
         self.run(regs)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
     }
 
     fn seat(&self) -> Option<u32> {

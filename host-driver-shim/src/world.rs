@@ -583,6 +583,10 @@ pub trait World {
     fn take_posted(&mut self, _each: &mut dyn FnMut(PortWrite)) {}
     /// Something of a large guest page is mapped around this guest linear address: `invlpg` there is for the monitor.
     fn mark_large(&mut self, _lin: u32) {}
+    /// It has ended: it will not run again.
+    fn is_gone(&self) -> bool {
+        false
+    }
     /// Its number among the worlds that may hand the guest over to each other; None: it never does, and is never handed to.
     fn seat(&self) -> Option<u32> {
         None

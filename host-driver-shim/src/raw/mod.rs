@@ -998,6 +998,10 @@ impl World for RawWorld {
         now.wrapping_sub(std::mem::replace(&mut self.answered, now))
     }
 
+    fn is_gone(&self) -> bool {
+        self.process.is_dead() || self.finished
+    }
+
     fn seat(&self) -> Option<u32> {
         self.seat
     }

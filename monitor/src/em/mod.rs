@@ -769,6 +769,7 @@ impl Em {
             self.account.set_gauge("code_pages_mapped", code as u64);
             self.account.set_gauge("reservations_moved", raw.moves);
             self.account.set_gauge("ring_3_worlds_broken", raw.broken_worlds);
+            self.account.set_gauge("worlds_replaced", raw.replaced_worlds);
             let c = raw.kernel_code.counts;
             let (pages, instructions) = raw.kernel_code.sizes();
             self.account.set_gauge("code_pages_copied", pages as u64);

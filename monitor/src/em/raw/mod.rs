@@ -392,6 +392,8 @@ pub struct RawEngine {
     pub moves: u64,
     /// Worlds of ring 3 that its code has broken.
     pub broken_worlds: u64,
+    /// Worlds that had ended before they were to run.
+    pub replaced_worlds: u64,
     /// The page of ring 3 whose fault the guest was last told, to be mapped on its way back.
     refill: Option<(GuestLin, bool)>,
     /// What the world of ring 0 needs to enter one of ring 3 by itself, but for which.
@@ -488,6 +490,7 @@ impl RawEngine {
             ticks: 0,
             moves: 0,
             broken_worlds: 0,
+            replaced_worlds: 0,
             refill: None,
             users_rules: UsersRules::default(),
             may_enter: None,
@@ -668,6 +671,9 @@ impl RawEngine {
             // This one cannot watch the time: the monitor does.
             return Ok(After::Kicked);
         }
+        if self.space(place).world.is_gone() {
+            self.replace(place, cpu)?;
+        }
         let calm = self.catch_up(place, cpu, m)?;
         self.ran.clear();
         if matches!(place, Place::User(_)) {
@@ -764,8 +770,8 @@ impl RawEngine {
             Err(WorldError::Died(why)) if matches!(place, Place::User(_)) => {
                 return self.ring3_broke_its_world(place, cpu, &why);
             }
-            Err(WorldError::Died(why)) if self.ring3_ran_keyed(place) => {
-                return self.ring3_broke_a_keyed_world(place, cpu, m, &why);
+            Err(WorldError::Died(why)) if self.ring3_ran_joint(place) => {
+                return self.ring3_broke_a_joint_world(place, cpu, m, &why);
             }
             Err(e) => return Err(e.into()),
         };
@@ -798,22 +804,45 @@ impl RawEngine {
         cpu: &mut CpuState,
         why: &str,
     ) -> Result<After, RawError> {
-        let fresh = Space::new(self.host.spawn_for_users()?, self.space(place).role);
-        self.forbid_entering(0);
-        *self.space(place) = fresh;
-        self.space(place).last_used = self.clock;
-        if let Place::User(i) = place {
-            self.furnish_user(i)?;
-        }
+        self.renew(place)?;
         Ok(self.world_is_broken(cpu, why))
+    }
+
+    /// Puts a new world in the place of one that is gone.
+    fn renew(&mut self, place: Place) -> Result<(), RawError> {
+        let world = match place {
+            Place::Kernel(_) if self.isolation == Isolation::Worlds => self.host.spawn_master()?,
+            Place::Kernel(_) => self.host.spawn()?,
+            Place::User(_) => self.host.spawn_for_users()?,
+        };
+        self.forbid_entering(0);
+        let clock = self.clock;
+        let space = self.space(place);
+        *space = Space::new(world, space.role);
+        space.last_used = clock;
+        self.kicking = None;
+        self.kick.set(None);
+        match place {
+            Place::Kernel(number) => self.furnish(number),
+            Place::User(number) => self.furnish_user(number),
+        }
+    }
+
+    /// A world ended while it slept: another one takes its place, and nothing is lost.
+    fn replace(&mut self, place: Place, cpu: &mut CpuState) -> Result<(), RawError> {
+        log::warn!("a world has ended by itself; another one takes its place");
+        if self.fpu_in == Some(place) {
+            self.fetch_fpu(cpu);
+        }
+        self.replaced_worlds += 1;
+        self.renew(place)
     }
 
     /// Ring 3's world has been replaced: what ring 3 gets. Its FPU state is lost, and what is known may be another program's.
     fn world_is_broken(&mut self, cpu: &mut CpuState, why: &str) -> After {
         cpu.fpu = CpuState::reset().fpu;
         log::warn!("code of ring 3 broke its world ({why}); it gets a #GP at {:08x}", cpu.eip);
-        (self.fpu_in, self.kicking) = (None, None);
-        self.kick.set(None);
+        self.fpu_in = None;
         self.broken_worlds += 1;
         self.last = ExitRecord {
             cause: Cause::GuestFault,
@@ -825,20 +854,20 @@ impl RawEngine {
         After::Deliver(Event::Exception(Trap::gp(0)))
     }
 
-    /// What a keyed world says last is that ring 3 was running in it.
-    fn ring3_ran_keyed(&self, place: Place) -> bool {
-        match place {
-            Place::Kernel(i) => {
-                self.descriptors.rules().keys && self.kernels[i].world.vcpu_read(vp::CPL) == 3
-            }
-            Place::User(_) => false,
-        }
+    /// What a joint world says last is that ring 3 was running in it. (Where an engine has pages for the rings, its worlds do not
+    /// end one by one.)
+    fn ring3_ran_joint(&self, place: Place) -> bool {
+        let rules = self.descriptors.rules();
+        let Place::Kernel(i) = place else { return false };
+        let space = &self.kernels[i];
+        let joint = matches!(space.role, Role::Joint { .. }) && (rules.keys || !rules.pages);
+        joint && space.world.vcpu_read(vp::CPL) == 3
     }
 
-    /// The same as [`Self::ring3_broke_its_world`] for a keyed world. What it held for ring 0 (CR2, the virtual IF) ring 3 could
-    /// not write. Ring 3's own registers are lost but for those it was entered with last; what is known of the others may be
-    /// ring 0's.
-    fn ring3_broke_a_keyed_world(
+    /// The same as [`Self::ring3_broke_its_world`] for a joint world. What it held for ring 0 (CR2, the virtual IF) ring 3 could
+    /// not write where there are keys. Ring 3's own registers are lost but for those it was entered with last; what is known of
+    /// the others may be ring 0's.
+    fn ring3_broke_a_joint_world(
         &mut self,
         place: Place,
         cpu: &mut CpuState,
@@ -853,10 +882,7 @@ impl RawEngine {
         cpu.gpr[4] = world.vcpu_read(vp::USER_SS_HOST);
         cpu.eip = world.vcpu_read(vp::USER_CS_HOST);
         cpu.eflags = eflags::FIXED | eflags::IF | cpu.eflags & eflags::IOPL;
-        let role = self.kernels[number].role;
-        self.kernels[number] = Space::new(self.host.spawn()?, role);
-        self.kernels[number].last_used = self.clock;
-        self.furnish(number)?;
+        self.renew(place)?;
         Ok(self.world_is_broken(cpu, why))
     }
 

@@ -247,6 +247,29 @@ mod tests {
     }
 
     #[test]
+    fn a_world_that_ended_while_it_slept_is_replaced_and_the_guest_goes_on() {
+        let (mut first, mut second) = (FakeWorld::new(), FakeWorld::new());
+        first.then(|regs, state| {
+            (regs.eip, state.fpu[0]) = (0x2040, 0x77);
+            Ok(WorldExit::Kick)
+        });
+        second.then(|regs, state| {
+            assert_eq!((regs.eip, state.fpu[0]), (0x2040, 0x77));
+            assert!(state.gate.is_some());
+            Ok(WorldExit::Kick)
+        });
+        let end = first.end();
+        let (mut engine, _) = engine(vec![first, second]);
+        let mut m = machine(1);
+        let mut cpu = ring0(&m, HERE);
+        load_cr3(&mut cpu, &mut m, HERE);
+        assert_eq!(engine.run(&mut cpu, &mut m, false).unwrap(), After::Kicked);
+        end.store(true, std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(engine.run(&mut cpu, &mut m, false).unwrap(), After::Kicked);
+        assert_eq!((engine.kernels.len(), engine.replaced_worlds, cpu.eip), (1, 1, 0x2040));
+    }
+
+    #[test]
     fn a_hand_over_to_a_world_that_is_none_ends_the_guest() {
         let mut world = FakeWorld::new();
         world.then_exit(WorldExit::Handed { seat: 99 });
