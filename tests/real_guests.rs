@@ -255,11 +255,69 @@ fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
         guest.send_bytes(b"\x01x");
         assert_eq!(guest.wait_exit(SOON), 0);
         let stats = stats.read();
-        let lines = stats["inline"].as_array().expect("it has what worlds did by themselves");
-        let line = lines.iter().find(|line| line["instruction"] == "timer tick, in the world");
-        let ticks = line.and_then(|line| line["count"].as_u64()).unwrap_or(0);
-        assert!(ticks > 5, "{ticks} ticks in 3 s: {lines:?}");
+        let ticks = by_themselves(&stats, "timer tick, in the world");
+        assert!(ticks > 5, "{ticks} ticks in 3 s: {}", stats["inline"]);
     }
+}
+
+/// A count of what worlds did by themselves.
+fn by_themselves(stats: &serde_json::Value, what: &str) -> u64 {
+    let lines = stats["inline"].as_array().expect("it has what worlds did by themselves");
+    lines.iter().find(|line| line["instruction"] == what).and_then(|line| line["count"].as_u64()).unwrap_or(0)
+}
+
+#[test]
+fn two_processes_that_wait_for_each_other_go_from_world_to_world() {
+    for kernel in [kernel_686, kernel_pae] {
+        let kernel = or_skip!("real_guests: two processes", kernel());
+        let stats = Accounting::new("two-processes");
+        let mut arguments = kernel.arguments(256, "quiet");
+        arguments.extend(stats.arguments());
+        let mut running = Running::new(Guest::spawn(arguments), kernel.name);
+        running.reaches_a_prompt_that_is_used(&kernel.release());
+        // Each line goes through both: two CR3 loads.
+        running.guest.send("yes | head -n 3000 | while read x; do echo $x; done | wc -l");
+        running.guest.expect("\n3000\r\n", SOON);
+        running.ends_after("poweroff -f");
+        let stats = stats.read();
+        let loads = by_themselves(&stats, "CR3 load, from world to world");
+        println!("{}: {loads} CR3 loads from world to world", kernel.name);
+        assert!(loads > 1000, "{loads} CR3 loads from world to world");
+        assert!(trapped(&stats) < TRAPPED_AT_MOST);
+    }
+}
+
+#[test]
+fn worlds_that_are_killed_while_they_sleep_are_replaced() {
+    let kernel = or_skip!("real_guests: killed worlds", kernel_686());
+    let stats = Accounting::new("killed-worlds");
+    let mut arguments = kernel.arguments(256, "quiet");
+    arguments.extend(stats.arguments());
+    let mut running = Running::new(Guest::spawn(arguments), kernel.name);
+    running.reaches_a_prompt_that_is_used(&kernel.release());
+    let mut killed = 0;
+    for round in 1..=3 {
+        let look = || -> Vec<(u32, Option<u64>)> {
+            let worlds = procs::worlds_of(running.guest.id());
+            worlds.into_iter().map(|world| (world, procs::context_switches(world))).collect()
+        };
+        let before = look();
+        // The one the guest idles in wakes at every tick.
+        std::thread::sleep(Duration::from_millis(500));
+        for (world, _) in look().into_iter().filter(|now| before.contains(now)) {
+            let pid = nix::unistd::Pid::from_raw(world.cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it is ours");
+            killed += 1;
+        }
+        // They are missed once they are buried.
+        std::thread::sleep(Duration::from_millis(500));
+        running.guest.send(&format!("ls /bin | sort | head -n 1; echo $(({round} * 1000))"));
+        running.guest.expect(&format!("\n{round}000\r\n"), SOON);
+    }
+    running.ends_after("poweroff -f");
+    let replaced = stats.read()["gauges"]["worlds_replaced"].as_u64().unwrap_or(0);
+    println!("{killed} worlds killed, {replaced} replaced");
+    assert!(killed > 0 && replaced > 0, "{killed} killed, {replaced} replaced");
 }
 
 /// Sensitive instructions that cost a host signal in a self-test boot are some 200: the first hits of sites that are then

@@ -1050,6 +1050,9 @@ impl Drop for RawWorld {
     fn drop(&mut self) {
         // The keeper reaps it.
         self.process.signal(libc::SIGKILL);
+        if let Some(seat) = self.seat {
+            self.engine.relay.leave(seat);
+        }
     }
 }
 

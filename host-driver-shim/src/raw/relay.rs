@@ -105,14 +105,22 @@ pub(crate) struct Hand {
 #[derive(Debug)]
 pub(crate) struct Relay {
     map: SharedMap,
-    seats: Mutex<Vec<Option<Arc<Process>>>>,
+    seats: Mutex<Vec<Seat>>,
+}
+
+/// Who has a seat.
+#[derive(Clone, Debug, Default)]
+struct Seat {
+    process: Option<Arc<Process>>,
+    /// The monitor does nothing more with it.
+    left: bool,
 }
 
 impl Relay {
     pub(crate) fn new() -> io::Result<Relay> {
         Ok(Relay {
             map: SharedMap::new(c"subring-arena", size_of::<RelayMemory>())?,
-            seats: Mutex::new(vec![None; SEATS]),
+            seats: Mutex::new(vec![Seat::default(); SEATS]),
         })
     }
 
@@ -121,13 +129,13 @@ impl Relay {
         (offset_of!(RelayMemory, arenas) + seat * size_of::<Arena>()) as u64
     }
 
-    fn seats(&self) -> MutexGuard<'_, Vec<Option<Arc<Process>>>> {
+    fn seats(&self) -> MutexGuard<'_, Vec<Seat>> {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A seat nobody has, with an arena of zeroes. None: there is none.
     pub(crate) fn free(&self) -> io::Result<Option<(usize, ArenaMap)>> {
-        let free = |p: &Option<Arc<Process>>| p.as_ref().is_none_or(|p| p.is_dead());
+        let free = |seat: &Seat| seat.process.as_ref().is_none_or(|p| seat.left && p.is_dead());
         let Some(seat) = self.seats().iter().position(free) else { return Ok(None) };
         self.map.discard(Self::arena_at(seat), size_of::<Arena>())?;
         Ok(Some((seat, ArenaMap::part_of(&self.map, Self::arena_at(seat))?)))
@@ -136,13 +144,20 @@ impl Relay {
     /// Gives somebody a seat.
     pub(crate) fn seat(&self, seat: usize, process: &Arc<Process>) {
         if let Some(slot) = self.seats().get_mut(seat) {
-            *slot = Some(Arc::clone(process));
+            *slot = Seat { process: Some(Arc::clone(process)), left: false };
+        }
+    }
+
+    /// The monitor has dropped its world.
+    pub(crate) fn leave(&self, seat: u32) {
+        if let Some(slot) = self.seats().get_mut(seat as usize) {
+            slot.left = true;
         }
     }
 
     /// Who has this seat.
     pub(crate) fn process(&self, seat: u32) -> Option<Arc<Process>> {
-        self.seats().get(seat as usize).cloned().flatten()
+        self.seats().get(seat as usize).and_then(|seat| seat.process.clone())
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {
