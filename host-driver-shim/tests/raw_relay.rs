@@ -1,6 +1,7 @@
 //! A world hands the guest over to another one when it loads CR3, if that one is armed for it, and only then.
 
 mod common;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use common::*;
@@ -195,6 +196,28 @@ fn the_death_of_whoever_has_the_guest_is_noticed_and_is_its_own() {
     assert_eq!((p.g.run(&mut r), r.gpr[EAX]), (GP, 1));
     let mut another = p.g.engine.spawn_world().unwrap();
     another.flush().unwrap();
+}
+
+#[test]
+fn kicks_of_a_world_that_has_died_disturb_no_world_that_is_born() {
+    let mut g = Guest::with(&escape(&[0x0f, 0x05, 0xf4]));
+    assert!(matches!(g.world.run(&mut regs()), Err(WorldError::Died(_))));
+    let (go, gone) = channel::<u64>();
+    let kicker = g.world.kicker();
+    let thread = std::thread::spawn(move || {
+        while let Ok(after) = gone.recv() {
+            std::thread::sleep(Duration::from_micros(after));
+            kicker.kick();
+        }
+    });
+    for i in 0..60 {
+        g.world.forget_kick();
+        go.send(i * 50).unwrap();
+        let born = g.engine.spawn_world();
+        assert!(born.is_ok(), "{i}: {born:?}");
+    }
+    drop(go);
+    thread.join().unwrap();
 }
 
 /// Behind the gate: out of 32-bit mode, and a system call, which is the world's end.

@@ -405,7 +405,12 @@ impl RawWorld {
 
     /// Gives the world the turn, waits until it gives it back, and says why it did (an allegation).
     fn hand_over(&mut self, what: u32) -> Result<u32, WorldError> {
-        self.give_turn(what, true)?;
+        let given = self.give_turn(what, true);
+        if given.is_err() {
+            // It will not have the turn again: whoever kicks it must not take another one for it.
+            self.process.close_signals();
+        }
+        given?;
         if self.process.orders.is_some() {
             // The mapper has carried them out.
             self.commands.clear();

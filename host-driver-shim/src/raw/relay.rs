@@ -106,6 +106,8 @@ pub(crate) struct Hand {
 pub(crate) struct Relay {
     map: SharedMap,
     seats: Mutex<Vec<Seat>>,
+    /// The seat of the world that was given the baton last, by the monitor itself.
+    given: AtomicU32,
 }
 
 /// Who has a seat.
@@ -121,6 +123,7 @@ impl Relay {
         Ok(Relay {
             map: SharedMap::new(c"subring-arena", size_of::<RelayMemory>())?,
             seats: Mutex::new(vec![Seat::default(); SEATS]),
+            given: AtomicU32::new(u32::MAX),
         })
     }
 
@@ -178,6 +181,7 @@ impl Relay {
 
     /// The world of this seat gets the baton from the monitor.
     pub(crate) fn begin(&self, seat: u32) {
+        self.given.store(seat, SeqCst);
         self.word(offset_of!(Baton, holder)).store(seat, SeqCst);
         self.turn().store(turn::WORLD, SeqCst);
     }
@@ -203,7 +207,9 @@ impl Relay {
     pub(crate) fn kick_holder(&self, given_to: u32, signal: i32) {
         loop {
             let holder = self.holder();
-            if holder == given_to || self.turn().load(SeqCst) != turn::WORLD {
+            // A world that was given it since, perhaps one that is not ready for signals, is not this kick's.
+            let begun = self.given.load(SeqCst) == given_to && self.turn().load(SeqCst) == turn::WORLD;
+            if holder == given_to || !begun {
                 return;
             }
             let Some(process) = self.process(holder) else { return };
