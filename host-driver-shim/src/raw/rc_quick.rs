@@ -19,9 +19,9 @@ use super::{rc_switch, rc_users, rc_window};
 use crate::world::{Quick, QuickKind};
 
 /// CS in [`crate::world::HwRegs::sel`].
-const CS: usize = 1;
+pub(crate) const CS: usize = 1;
 /// What ring 0 runs with at the sites of the table: the host's flat 32-bit code segment.
-const KERNEL_CS: u16 = 0x23;
+pub(crate) const KERNEL_CS: u16 = 0x23;
 /// Entries of the table.
 pub(crate) const QUICK: usize = crate::world::QUICK_SITES;
 

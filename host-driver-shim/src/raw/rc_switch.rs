@@ -11,13 +11,11 @@ use super::arena::{Arena, Fx, SEATS_VA, request, turn, vcpu_word};
 use super::rc::syscall;
 use super::rc_deliver::{CPL, HOST_RING0, HOST_RING3, REFILL, SELECTORS};
 use super::rc_fill::Ram;
+use super::rc_quick::{CS, KERNEL_CS};
 use super::relay::{Hand, RelayMemory, SEATS, place_of};
 use crate::shared::copy;
 use crate::world::{HwRegs, Quick};
 
-/// What ring 0 runs with: the host's flat 32-bit code segment.
-const KERNEL_CS: u16 = 0x23;
-const CS: usize = 1;
 const TF: u32 = 0x100;
 /// In a selector: of the LDT.
 const LDT: u32 = 4;
