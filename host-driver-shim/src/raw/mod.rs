@@ -60,6 +60,8 @@ pub use cpuid_faults::CpuidFaults;
 use fill::Shown;
 use jail::Filters;
 use orders::{OrdersMap, Then};
+#[doc(hidden)]
+pub use rc_switch::CARRIED;
 use relay::Relay;
 use spawn::{Keeper, Objects, Process, futex_requeue, futex_wait, futex_wake};
 
@@ -171,36 +173,10 @@ impl RawEngine {
     /// Makes a confined world: one whose guest code reaches nothing but what is mapped for it, even in 64-bit mode. It answers
     /// nothing by itself.
     pub fn spawn_confined(&self) -> Result<RawWorld, WorldError> {
-        let start = Instant::now();
-        // Those that have ended leave theirs when they are gone.
-        let number = loop {
-            let free = |tenant: &Option<Arc<Process>>| tenant.as_ref().is_none_or(|p| p.is_dead());
-            if let Some(number) = self.0.tenants().iter().position(free) {
-                break number;
-            }
-            if start.elapsed() > BIRTH {
-                let source = io::Error::other("there are too many");
-                return Err(WorldError::Host { what: "making a confined world", source });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
+        let free = |tenant: &Option<Arc<Process>>| tenant.as_ref().is_none_or(|p| p.is_dead());
+        let number = once_free(|| Ok(self.0.tenants().iter().position(free)))
+            .map_err(host("making a confined world"))?;
         self.spawn(Kind::Confined(number))
-    }
-
-    /// A seat for a new world.
-    fn free_seat(&self) -> Result<(usize, ArenaMap), WorldError> {
-        let failed = "making a world's memory";
-        let start = Instant::now();
-        // Those that have ended leave theirs when they are gone.
-        loop {
-            if let Some(free) = self.0.relay.free().map_err(host(failed))? {
-                return Ok(free);
-            }
-            if start.elapsed() > BIRTH {
-                return Err(host(failed)(io::Error::other("there are too many")));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
     }
 
     fn spawn(&self, kind: Kind) -> Result<RawWorld, WorldError> {
@@ -209,7 +185,7 @@ impl RawEngine {
         let mut seat = None;
         let (arena, orders, cell) = match kind {
             Kind::Plain | Kind::Keyed => {
-                let (number, arena) = self.free_seat()?;
+                let (number, arena) = once_free(|| engine.relay.free()).map_err(host(failed))?;
                 arena.set_seat(number);
                 seat = Some(number);
                 (arena, None, None)
@@ -315,6 +291,20 @@ enum Kind {
 impl Engine {
     fn tenants(&self) -> MutexGuard<'_, Vec<Option<Arc<Process>>>> {
         self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place for a new world: those that have ended leave theirs when they are gone.
+fn once_free<T>(mut find: impl FnMut() -> io::Result<Option<T>>) -> io::Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(free) = find()? {
+            return Ok(free);
+        }
+        if start.elapsed() > BIRTH {
+            return Err(io::Error::other("there are too many"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

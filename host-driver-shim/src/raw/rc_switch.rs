@@ -21,9 +21,9 @@ const TF: u32 = 0x100;
 const LDT: u32 = 4;
 /// vCPU page: the same as patm's `vcpu_page` of this name.
 const CR3: u32 = 0x30;
-/// Words of the vCPU page in which the guest's CPU has state (first offset, words): IF, pending interrupts and hidden flags;
+/// Words of the vCPU page in which the guest's CPU has state, the same as patm's `vcpu_page` has (first offset, words): IF, pending interrupts and hidden flags;
 /// selectors; CR0 and CR2; CR4; GDTR; IDTR, LDTR and TR; CPL; the host's selectors.
-const CARRIED: [(u32, u32); 9] = [
+pub const CARRIED: [(u32, u32); 9] = [
     (0, 3),
     (SELECTORS, 6),
     (0x28, 2),

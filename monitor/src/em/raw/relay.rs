@@ -2,6 +2,7 @@
 //! ended in another world than it began in (`docs/decisions/0017-handing-over.md`).
 
 use super::segments::Published;
+use super::users::impossible;
 use super::*;
 use crate::pgm::walk::PhysMemory;
 use host_driver_shim::world::{FillRules, TableSpan};
@@ -12,11 +13,6 @@ pub(super) struct Common {
     published: Published,
     rules: FillRules,
     quick_version: u64,
-}
-
-/// A world says that it has handed the guest to one that cannot be.
-fn impossible() -> RawError {
-    WorldError::Died("it handed over to a world that is none".into()).into()
 }
 
 impl RawEngine {
