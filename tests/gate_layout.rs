@@ -24,3 +24,18 @@ fn the_shim_and_patm_agree_on_the_gate() {
         assert_eq!(shim, patm);
     }
 }
+
+#[test]
+fn what_goes_along_with_the_guest_is_the_state_of_its_cpu() {
+    use vcpu_page as vp;
+    let segments = [vp::SELECTORS, vp::HOST_RING0, vp::HOST_RING3];
+    let single = [vp::IF_FLAG, vp::PENDING, vp::HIDDEN_FLAGS, vp::CR0, vp::CR2, vp::CR4, vp::CPL];
+    let tables = [vp::GDT_BASE, vp::GDT_LIMIT, vp::IDT_BASE, vp::IDT_LIMIT, vp::LDTR, vp::TR];
+    let six = segments.into_iter().flat_map(|first| (0..6).map(move |i| first + 4 * i));
+    let mut wanted: Vec<u32> = six.chain(single).chain(tables).collect();
+    let mut carried: Vec<u32> =
+        raw::CARRIED.iter().flat_map(|(first, words)| (0..*words).map(move |i| first + 4 * i)).collect();
+    wanted.sort_unstable();
+    carried.sort_unstable();
+    assert_eq!(carried, wanted);
+}

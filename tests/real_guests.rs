@@ -65,6 +65,14 @@ impl Kernel {
         Running::new(Guest::spawn(self.arguments(memory, append)), self.name)
     }
 
+    /// Boots with 256 MiB; the run leaves an accounting.
+    fn boot_accounted(&self, append: &str, name: &str) -> (Running, Accounting) {
+        let stats = Accounting::new(name);
+        let mut arguments = self.arguments(256, append);
+        arguments.extend(stats.arguments());
+        (Running::new(Guest::spawn(arguments), self.name), stats)
+    }
+
     /// Boots, uses the prompt, powers off.
     fn boots_and_powers_off(&self, memory: u32, append: &str) -> u32 {
         let mut running = self.boot(memory, append);
@@ -227,10 +235,7 @@ fn with_reboot_a_restart_boots_again() {
 fn results_inside_the_guest_are_right() {
     for kernel in [kernel_686, kernel_pae] {
         let kernel = or_skip!("real_guests: selftest", kernel());
-        let stats = Accounting::new("selftest");
-        let mut arguments = kernel.arguments(256, "quiet subring.run=selftest");
-        arguments.extend(stats.arguments());
-        let mut running = Running::new(Guest::spawn(arguments), kernel.name);
+        let (mut running, stats) = kernel.boot_accounted("quiet subring.run=selftest", "selftest");
         running.guest.expect(USERLAND_MARKER, BOOT);
         running.guest.expect("SUBRING-SELFTEST ", BOOT);
         running.guest.expect("SUBRING-EXIT 0", SOON);
@@ -245,10 +250,7 @@ fn results_inside_the_guest_are_right() {
 fn an_idle_guest_sleeps_in_its_world_from_tick_to_tick() {
     for kernel in [kernel_686, kernel_pae] {
         let kernel = or_skip!("real_guests: idle", kernel());
-        let stats = Accounting::new("idle");
-        let mut arguments = kernel.arguments(256, "quiet subring.run=idle");
-        arguments.extend(stats.arguments());
-        let mut guest = Guest::spawn(arguments);
+        let (Running { mut guest, .. }, stats) = kernel.boot_accounted("quiet subring.run=idle", "idle");
         guest.expect("SUBRING-IDLE", BOOT);
         std::thread::sleep(Duration::from_secs(3));
         // A sleeping world hears a key.
@@ -270,10 +272,7 @@ fn by_themselves(stats: &serde_json::Value, what: &str) -> u64 {
 fn two_processes_that_wait_for_each_other_go_from_world_to_world() {
     for kernel in [kernel_686, kernel_pae] {
         let kernel = or_skip!("real_guests: two processes", kernel());
-        let stats = Accounting::new("two-processes");
-        let mut arguments = kernel.arguments(256, "quiet");
-        arguments.extend(stats.arguments());
-        let mut running = Running::new(Guest::spawn(arguments), kernel.name);
+        let (mut running, stats) = kernel.boot_accounted("quiet", "two-processes");
         running.reaches_a_prompt_that_is_used(&kernel.release());
         // Each line goes through both: two CR3 loads.
         running.guest.send("yes | head -n 3000 | while read x; do echo $x; done | wc -l");
@@ -290,10 +289,7 @@ fn two_processes_that_wait_for_each_other_go_from_world_to_world() {
 #[test]
 fn worlds_that_are_killed_while_they_sleep_are_replaced() {
     let kernel = or_skip!("real_guests: killed worlds", kernel_686());
-    let stats = Accounting::new("killed-worlds");
-    let mut arguments = kernel.arguments(256, "quiet");
-    arguments.extend(stats.arguments());
-    let mut running = Running::new(Guest::spawn(arguments), kernel.name);
+    let (mut running, stats) = kernel.boot_accounted("quiet", "killed-worlds");
     running.reaches_a_prompt_that_is_used(&kernel.release());
     let mut killed = 0;
     for round in 1..=3 {
